@@ -1,0 +1,52 @@
+"""kdrl: post-train reasoning language models by unified knowledge distillation and reinforcement learning."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdrl.build import train
+    from kdrl.evaluate import evaluate
+    from kdrl.objectives.api import divergence
+    from kdrl.objectives.masks import register_mask
+    from kdrl.objectives.schedules import register_schedule
+    from kdrl.objectives.terms import register_term
+    from kdrl.recipe import load_recipe
+    from kdrl.tasks import Problem, register_task
+    from kdrl.tasks.verifiers import register_verifier
+
+__version__ = "0.1.0"
+
+# Imported on first use: a verifier worker or `kdrl --help` must not pay for torch.
+_HOME = {
+    "train": "kdrl.build",
+    "evaluate": "kdrl.evaluate",
+    "divergence": "kdrl.objectives.api",
+    "register_mask": "kdrl.objectives.masks",
+    "register_schedule": "kdrl.objectives.schedules",
+    "register_term": "kdrl.objectives.terms",
+    "load_recipe": "kdrl.recipe",
+    "Problem": "kdrl.tasks",
+    "register_task": "kdrl.tasks",
+    "register_verifier": "kdrl.tasks.verifiers",
+}
+
+__all__ = [
+    "Problem",
+    "divergence",
+    "evaluate",
+    "load_recipe",
+    "register_mask",
+    "register_schedule",
+    "register_task",
+    "register_term",
+    "register_verifier",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'kdrl' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
