@@ -1,0 +1,1 @@
+"""What is minimised: arithmetic on tensors that knows neither models nor tasks."""

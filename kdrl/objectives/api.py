@@ -1,0 +1,62 @@
+"""`kdrl.divergence`: a distillation loss on plain logits, the same arithmetic that a run uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from kdrl.errors import UserError
+from kdrl.objectives.estimators import token_loss
+from kdrl.objectives.terms import DistillConfig, distribution_loss
+
+_NOT_HERE = {
+    "weight": "multiplies the reduced loss",
+    "mask": "needs rewards",
+    "reduce": "averages",
+    "on": "needs rollouts",
+}
+
+
+def divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    spec: Mapping[str, Any],
+    tokens: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Per-token loss `[..., T]` in nats that a run would reduce, differentiable in the student's logits `[..., T, V]`.
+
+    `spec` is a recipe's `distill` mapping (`divergence`, `support`, `clamp`); `tokens` `[..., T]` are the sampled
+    tokens, which `{token: ...}` support needs; where `mask` `[..., T]` is false the loss is 0.
+    Raises UserError for a spec that cannot teach, for shapes that differ, and for keys that act on a whole run
+    (weight, mask, reduce, on, skip_eos). Logits are never padded: slice both to the tokenizer's size first.
+    """
+    for key in spec:
+        if key in _NOT_HERE or key == "skip_eos":
+            why = _NOT_HERE.get(key, "needs to know where responses end: use `mask=`")
+            raise UserError(f"kdrl.divergence takes no {key!r}: it {why}. Leave it out, or train with a recipe.")
+    try:
+        config = DistillConfig.model_validate(dict(spec))
+    except ValidationError as error:
+        raise UserError("; ".join(str(e["msg"]).removeprefix("Value error, ") for e in error.errors())) from None
+    if student_logits.shape != teacher_logits.shape:
+        raise UserError(
+            f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ; "
+            "slice padded vocabulary rows off both, so that they cover the same tokens"
+        )
+    wide = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+    logq = student_logits.to(wide).log_softmax(-1)
+    logp = teacher_logits.detach().to(wide).log_softmax(-1)
+    if config.support.kind != "token":
+        loss = distribution_loss(config, logp, logq)
+    else:
+        if tokens is None:
+            raise UserError("support {token: ...} needs tokens=, the sampled token ids [..., T]")
+        index = tokens.unsqueeze(-1)
+        student, teacher = (logits.gather(-1, index).squeeze(-1) for logits in (logq, logp))
+        loss = token_loss(config.support, student, teacher, config.clamp)
+    return loss if mask is None else torch.where(mask.bool(), loss, 0.0)

@@ -1,0 +1,109 @@
+"""The chunked LM head: the only place where logits exist, and never more than one chunk of tokens of them.
+
+Every chunk is recomputed in the backward pass, so that N x V logits are held neither forward nor backward.
+Left out here: a fused kernel, and vocabulary chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Elements of one chunk of logits: 16 MiB in float32.
+CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's output projection: logits = softcap(scale (hidden W^T + b)), the first `rows` vocabulary rows."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    rows: int | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows that are real tokens; padded rows beyond them have no probability."""
+        return self.weight_VD.shape[0] if self.rows is None else min(self.rows, self.weight_VD.shape[0])
+
+    def logp(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities `[N, V]` at a temperature; float32 or better from low-precision hidden states."""
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            wide = torch.promote_types(torch.promote_types(hidden_ND.dtype, self.weight_VD.dtype), torch.float32)
+            logits_NV = hidden_ND.to(wide) @ self.weight_VD[: self.vocab_size].to(wide).T
+            if self.bias_V is not None:
+                logits_NV = logits_NV + self.bias_V[: self.vocab_size].to(wide)
+            if self.scale != 1.0:
+                logits_NV = logits_NV * self.scale
+            if self.softcap is not None:
+                logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+            return torch.log_softmax(logits_NV / temperature, dim=-1)
+
+
+# fn(logq_MV, token slice) -> loss_M: one comparison of the student's distribution with a teacher's evidence.
+Comparison = Callable[[Tensor, slice], Tensor]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What one pass over the head gives for N tokens."""
+
+    logp_N: Tensor
+    entropy_N: Tensor | None
+    losses_N: tuple[Tensor, ...]
+
+
+def entropy_of(logp_NV: Tensor) -> Tensor:
+    """Entropy in nats over the last axis; outcomes of no probability count zero."""
+    return -(logp_NV.exp() * torch.where(torch.isneginf(logp_NV), 0.0, logp_NV)).sum(-1)
+
+
+def chunks(tokens: int, vocab_size: int, chunk_tokens: int | None = None) -> list[slice]:
+    """Consecutive slices of at most `chunk_tokens` tokens (default: as many as keep a chunk near 16 MiB)."""
+    size = chunk_tokens or max(16, CHUNK_ELEMENTS // max(1, vocab_size))
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def score_tokens(
+    head: Head,
+    hidden_ND: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    comparisons: Sequence[Comparison] = (),
+    chunk_tokens: int | None = None,
+) -> TokenScores:
+    """Log-prob of each target, entropy and divergences in one chunked pass; differentiable in hidden and head.
+
+    Raises IndexError (from gather) when a target is outside the head's vocabulary.
+    """
+
+    def one(hidden_MD: Tensor, weight_VD: Tensor, part: slice) -> tuple[Tensor, ...]:
+        local = Head(weight_VD, head.bias_V, head.scale, head.softcap, head.rows)
+        logp_MV = local.logp(hidden_MD, temperature)
+        out = [logp_MV.gather(-1, targets_N[part, None]).squeeze(-1)]
+        if entropy:
+            out.append(entropy_of(logp_MV))
+        return (*out, *(compare(logp_MV, part) for compare in comparisons))
+
+    pieces: list[tuple[Tensor, ...]] = []
+    for part in chunks(len(targets_N), head.vocab_size, chunk_tokens):
+        if torch.is_grad_enabled():
+            piece = checkpoint(
+                one, hidden_ND[part], head.weight_VD, part, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            piece = one(hidden_ND[part], head.weight_VD, part)
+        pieces.append(piece)
+    if not pieces:
+        empty = (hidden_ND.sum() * 0.0).expand(0)
+        return TokenScores(empty, empty if entropy else None, tuple(empty for _ in comparisons))
+    columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
+    return TokenScores(columns[0], columns[1] if entropy else None, tuple(columns[1 + entropy :]))

@@ -1,0 +1,154 @@
+"""Which responses and tokens a term applies to; each mask is a function of the whole step's rollouts.
+
+A recipe writes a name, `{not: mask}`, `{any: [masks]}`, `{top_entropy: share}`, or a list that must all hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kdrl.errors import nearest
+from kdrl.registry import Registry
+
+
+@dataclass(frozen=True)
+class MaskContext:
+    """What a mask may look at: outcomes per response `[B]`, and tokens `[N]` with their response `row_N`."""
+
+    correct_B: Tensor
+    reward_B: Tensor
+    group_B: Tensor
+    truncated_B: Tensor
+    row_N: Tensor
+    last_N: Tensor
+    entropy_N: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """Number of responses B."""
+        return len(self.correct_B)
+
+
+# fn(context) -> bool tensor: [B] for a mask per response, [N] for a mask per token.
+MaskFunction = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A registered mask and whether it judges responses or tokens."""
+
+    function: MaskFunction
+    per: Literal["response", "token"]
+
+
+MASKS: Registry[Mask] = Registry("mask")
+
+
+def register_mask(name: str, per: Literal["response", "token"] = "response") -> Callable[[MaskFunction], MaskFunction]:
+    """Register `fn(context: MaskContext) -> bool tensor`, `[B]` or with `per="token"` `[N]`, as a mask for recipes."""
+
+    def register(function: MaskFunction) -> MaskFunction:
+        MASKS.add(name, of=function)(Mask(function, per))
+        return function
+
+    return register
+
+
+@register_mask("all")
+def everything(context: MaskContext) -> Tensor:
+    """Every response."""
+    return torch.ones_like(context.correct_B)
+
+
+@register_mask("wrong_response")
+def wrong_response(context: MaskContext) -> Tensor:
+    """Responses that the verifier rejects (KDRL's response-level mask, 2506.02208)."""
+    return ~context.correct_B
+
+
+@register_mask("right_response")
+def right_response(context: MaskContext) -> Tensor:
+    """Responses that the verifier accepts."""
+    return context.correct_B
+
+
+@register_mask("wrong_group")
+def wrong_group(context: MaskContext) -> Tensor:
+    """Responses of groups with no right answer (KDRL's group-level mask, 2506.02208)."""
+    return ~torch.isin(context.group_B, context.group_B[context.correct_B])
+
+
+@register_mask("truncated")
+def truncated(context: MaskContext) -> Tensor:
+    """Responses cut off at the length limit; `{not: truncated}` is DAPO's over-length filter (2503.14476)."""
+    return context.truncated_B
+
+
+@register_mask("top_entropy", per="token")
+def top_entropy(context: MaskContext, share: float) -> Tensor:
+    """The `share` of the step's tokens where the rollout policy is least certain (2506.01939)."""
+    if context.entropy_N is None:
+        raise ValueError("top_entropy needs token entropies, which this batch does not carry")
+    keep = torch.zeros_like(context.row_N, dtype=torch.bool)
+    count = round(share * len(keep))
+    # A stable sort breaks ties by position, so that the kept count is exact and the order of chunks is irrelevant.
+    keep[context.entropy_N.argsort(descending=True, stable=True)[:count]] = True
+    return keep
+
+
+def check_mask(spec: Any) -> None:
+    """Raise ValueError with the nearest right name when `spec` is no mask."""
+    if isinstance(spec, str):
+        if spec not in MASKS:
+            raise ValueError(f"no mask is called {spec!r}{nearest(spec, MASKS)}")
+        if spec == "top_entropy":
+            raise ValueError("top_entropy needs a share: write {top_entropy: 0.2}")
+    elif isinstance(spec, list) and spec:
+        for part in spec:
+            check_mask(part)
+    elif isinstance(spec, dict) and len(spec) == 1:
+        key, value = next(iter(spec.items()))
+        if key == "not" or (key == "any" and isinstance(value, list) and value):
+            check_mask(value)
+        elif key == "top_entropy":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ValueError(f"top_entropy takes a share of tokens between 0 and 1, not {value!r}")
+        else:
+            raise ValueError(f"{key!r} with {value!r} is no mask; write {{not: mask}}, {{any: [masks]}} or a name")
+    else:
+        raise ValueError(f"{spec!r} is no mask; write a name, a list, {{not: mask}}, {{any: [...]}}")
+
+
+def mask_names(spec: Any) -> set[str]:
+    """Every mask name that `spec` mentions."""
+    if isinstance(spec, str):
+        return {spec}
+    if isinstance(spec, list):
+        return set().union(*(mask_names(part) for part in spec))
+    key, value = next(iter(spec.items()))
+    return mask_names(value) if key in ("not", "any") else {key}
+
+
+def _apply(name: str, context: MaskContext, *settings: Any) -> Tensor:
+    mask = MASKS.get(name)
+    found = mask.function(context, *settings)
+    return found[context.row_N] if mask.per == "response" else found
+
+
+def evaluate_mask(spec: Any, context: MaskContext) -> Tensor:
+    """The mask as bool tokens `[N]`."""
+    if isinstance(spec, str):
+        return _apply(spec, context)
+    if isinstance(spec, list):
+        return torch.stack([evaluate_mask(part, context) for part in spec]).all(0)
+    key, value = next(iter(spec.items()))
+    if key == "not":
+        return ~evaluate_mask(value, context)
+    if key == "any":
+        return torch.stack([evaluate_mask(part, context) for part in value]).any(0)
+    return _apply(key, context, value)
