@@ -268,7 +268,7 @@ def _sealed(manifest: dict[str, Any]) -> bytes:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def _sync(path: Path) -> dict[str, Any]:
