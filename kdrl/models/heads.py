@@ -1,0 +1,131 @@
+"""What stands before and after the LM head, found for any transformers causal LM and checked against its own logits."""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdrl.errors import UserError
+
+if TYPE_CHECKING:
+    from kdrl.objectives.head import Head
+
+# What architectures multiply or divide their logits by; the check at load tells when one is missing here.
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+_DIVISORS = ("logits_scaling",)
+
+
+def causal_lm(model: Any) -> nn.Module:
+    """The transformers model inside a LoadedModel or PeftModel, or the model itself."""
+    model = getattr(model, "model", model) if hasattr(model, "eos_ids") else model
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """The part of a causal LM that ends with the final norm and has no head."""
+    lm = causal_lm(model)
+    decoder = lm.get_decoder() if hasattr(lm, "get_decoder") else None
+    if decoder is None or decoder is lm:
+        decoder = getattr(lm, getattr(lm, "base_model_prefix", "") or "model", None)
+    if not isinstance(decoder, nn.Module) or decoder is lm:
+        raise UserError(
+            f"{type(lm).__name__} does not show its decoder apart from its head; this architecture cannot be used."
+        )
+    return decoder
+
+
+@lru_cache(maxsize=64)
+def accepts(kind: type[nn.Module], argument: str) -> bool:
+    """Whether the forward of a module class takes an argument of this name (`**kwargs` does not count)."""
+    return argument in inspect.signature(kind.forward).parameters
+
+
+def hidden_states(
+    model: Any, input_ids_BL: Tensor, attention_mask_BL: Tensor | None, position_ids_BL: Tensor | None = None
+) -> Tensor:
+    """Hidden states [B, L, D] after the final norm and before the head; logits are never made.
+
+    Positions are counted from the attention mask when none are given, so padding may stand on either side.
+    """
+    decoder = decoder_of(model)
+    if position_ids_BL is None and attention_mask_BL is not None:
+        position_ids_BL = (attention_mask_BL.long().cumsum(-1) - 1).clamp(min=0)
+    given: dict[str, Any] = {"input_ids": input_ids_BL, "attention_mask": attention_mask_BL, "use_cache": False}
+    if position_ids_BL is not None and accepts(type(decoder), "position_ids"):
+        given["position_ids"] = position_ids_BL
+    return decoder(**given).last_hidden_state
+
+
+def head_of(model: Any, rows: int | None = None) -> Head:
+    """The LM head of a model as data: weights [V, D], bias, logit multiplier, soft cap, and how many rows count.
+
+    `rows` defaults to the tokenizer's size for a LoadedModel, so that padding rows are neither sampled nor scored.
+    Raises UserError for a head that is not a plain linear layer, LoRA on the head included.
+    """
+    from kdrl.objectives.head import Head
+
+    lm = causal_lm(model)
+    if rows is None:
+        rows = getattr(model, "vocab_size", None) if hasattr(model, "eos_ids") else None
+    layer = lm.get_output_embeddings()  # type: ignore[operator]
+    if hasattr(layer, "lora_A"):
+        raise UserError("LoRA on the LM head is not supported yet; leave the head out of `lora.target_modules`.")
+    if not isinstance(layer, nn.Linear):
+        raise UserError(f"{type(lm).__name__} has no linear LM head (found {type(layer).__name__}); it cannot be used.")
+    config = lm.config.get_text_config()  # type: ignore[union-attr, operator]
+    return Head(
+        weight_VD=layer.weight,
+        bias_V=layer.bias,
+        scale=_scale_of(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        rows=rows if rows is not None and rows < layer.weight.shape[0] else None,
+    )
+
+
+def _scale_of(config: Any) -> float:
+    scale = 1.0
+    for name in _MULTIPLIERS:
+        value = getattr(config, name, None)
+        scale *= float(value) if isinstance(value, (int, float)) else 1.0
+    for name in _DIVISORS:
+        value = getattr(config, name, None)
+        scale /= float(value) if isinstance(value, (int, float)) else 1.0
+    return scale
+
+
+def project(head: Head, hidden_ND: Tensor) -> Tensor:
+    """Float32 logits [N, V] of a few positions (the head is applied in the weights' own format)."""
+    rows = head.rows if head.rows is not None else head.weight_VD.shape[0]
+    bias = None if head.bias_V is None else head.bias_V[:rows]
+    logits = F.linear(hidden_ND.to(head.weight_VD.dtype), head.weight_VD[:rows], bias).float()
+    if head.scale != 1.0:
+        logits = logits * head.scale
+    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, vocab_size: int, where: str) -> None:
+    """Refuse a model whose own logits differ from the head applied to its hidden states, on a short random input."""
+    lm = causal_lm(model)
+    device = next(lm.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids_BL = torch.randint(vocab_size, (2, 7), generator=generator).to(device)
+    mask_BL = torch.ones_like(ids_BL)
+    was_training = lm.training
+    lm.eval()
+    hidden_BLD = hidden_states(lm, ids_BL, mask_BL)
+    own = project(head_of(lm), hidden_BLD.flatten(0, 1))
+    theirs = lm(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits.float().flatten(0, 1)
+    lm.train(was_training)
+    spread = theirs.std().clamp(min=1e-6)
+    tolerance = 1e-3 if hidden_BLD.dtype == torch.float32 else 5e-2
+    if own.shape != theirs.shape or not bool(((own - theirs).abs().max() / spread) < tolerance):
+        raise UserError(
+            f"{where}: the logits of {type(lm).__name__} are not its LM head applied to its last hidden states, so "
+            "losses and samples would be wrong; this architecture is not supported."
+        )

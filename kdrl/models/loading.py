@@ -1,0 +1,236 @@
+"""Loading a causal LM and its tokenizer: local folder, GGUF file, hub id, or a new model; every mishap a sentence."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kdrl.errors import UserError
+from kdrl.models.config import ModelConfig, NewModel, NewTokenizer, TeacherModelConfig
+from kdrl.models.heads import causal_lm, check_head
+from kdrl.models.prompts import apply_template_option
+from kdrl.models.scratch import character_tokenizer, new_model_config
+from kdrl.models.sources import Origin, explain, find_origin, gguf_options
+from kdrl.seeds import derive
+
+
+@dataclass
+class LoadedModel:
+    """A model with everything that writing, scoring and saving need; `vocab_size` leaves out padding rows."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    config: TeacherModelConfig
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    vocab_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.model.parameters()).device
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which this model computes: bfloat16 autocast when the recipe asks for it."""
+        if self.config.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def load_model(config: TeacherModelConfig, device: str | torch.device, *, trainable: bool, seed: int) -> LoadedModel:
+    """Load (or make, from `seed`) the model a recipe section names, with dropout off, on `device`.
+
+    A trainable model is in train mode with gradients on (only the adapters' with `lora`); otherwise eval and frozen.
+    Raises UserError when the model, its weights, its tokenizer or its end token are missing, broken or do not fit.
+    """
+    origin = None if isinstance(config.model, NewModel) else find_origin(config)
+    with _quiet():
+        tokenizer = _load_tokenizer(config, origin)
+        if origin is None:
+            model = _make_new(config, tokenizer, seed)
+        else:
+            model = _load_weights(config, origin)
+    where = "the new model" if origin is None else origin.label
+    vocab_size = _vocab_size(tokenizer, model, where)
+    eos_ids = _eos_ids(config, tokenizer, model, where)
+    pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos_ids[0]
+    model.to(device)  # type: ignore[arg-type]
+    check_head(model, vocab_size, where)
+    ready = _prepare(model, config, trainable, seed)
+    return LoadedModel(ready, tokenizer, config, eos_ids, pad_id, vocab_size)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars or advice of the library while loading: the run has a display of its own."""
+    log = transformers.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _load_tokenizer(config: TeacherModelConfig, origin: Origin | None) -> PreTrainedTokenizerBase:
+    if isinstance(config.tokenizer, NewTokenizer):
+        tokenizer = character_tokenizer(config.tokenizer)
+    else:
+        named = config.tokenizer
+        name, options = (named, {}) if named is not None or origin is None else (origin.name, origin.options)
+        if named is not None and Path(named).expanduser().exists():
+            name = str(Path(named).expanduser())
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        except Exception as error:  # OSError, ValueError, KeyError, and the Rust reader's bare Exception
+            raise UserError(explain(error, str(name), "tokenizer")) from error
+    tokenizer.padding_side = "left"
+    apply_template_option(tokenizer, config.chat_template)
+    return tokenizer
+
+
+def _make_new(config: TeacherModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    assert isinstance(config.model, NewModel)
+    hf_config = _without_dropout(new_model_config(config.model, _ids_of(tokenizer), tokenizer))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "new model"))
+        model = AutoModelForCausalLM.from_config(hf_config, **_attention(config))
+    model = model.to(getattr(torch, config.dtype))
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    return model
+
+
+def _load_weights(config: TeacherModelConfig, origin: Origin) -> PreTrainedModel:
+    try:
+        hf_config = _without_dropout(AutoConfig.from_pretrained(origin.name, **origin.options))
+        model, report = AutoModelForCausalLM.from_pretrained(
+            origin.name,
+            config=hf_config,
+            dtype=getattr(torch, config.dtype),
+            output_loading_info=True,
+            **origin.options,
+            **gguf_options(origin),
+            **_attention(config),
+        )
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError, SafetensorError
+        raise UserError(explain(error, origin.label, "model")) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{origin.label}: {len(missing)} of the weights of {type(model).__name__} are not in the files "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); they would be random. Give a whole checkpoint."
+        )
+    return _plain_weights(model) if origin.gguf else model
+
+
+def _plain_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in an ordinary model: one loaded from GGUF cannot be saved or trained further as it is."""
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.random.fork_rng(devices=[]):
+        fresh = type(model)(config).to(model.dtype)
+    fresh.load_state_dict(model.state_dict())
+    fresh.tie_weights()
+    fresh.generation_config = model.generation_config
+    return fresh
+
+
+def _attention(config: TeacherModelConfig) -> dict[str, str]:
+    return {} if config.attention is None else {"attn_implementation": config.attention}
+
+
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    # Training forwards must be the policy that wrote the samples, so every drop rate of the config becomes 0.
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            rate = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if rate and ("dropout" in name or name.endswith(("pdrop", "_drop")) or "layerdrop" in name):
+                setattr(part, name, 0.0)
+    return config
+
+
+def _ids_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _vocab_size(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, where: str) -> int:
+    ids, rows = _ids_of(tokenizer), model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    if ids > rows:  # type: ignore[operator]
+        raise UserError(
+            f"{where}: the tokenizer has {ids} tokens but the model only {rows} vocabulary rows; "
+            "they do not belong together. Give the model's own `tokenizer`."
+        )
+    return ids
+
+
+def _eos_ids(
+    config: TeacherModelConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, where: str
+) -> tuple[int, ...]:
+    if config.eos is not None:
+        known = tokenizer.get_vocab()
+        unknown = [token for token in config.eos if token not in known]
+        if unknown or not config.eos:
+            raise UserError(f"eos: {', '.join(map(repr, unknown)) or 'an empty list'} is no token of {where}.")
+        return tuple(dict.fromkeys(known[token] for token in config.eos))
+    generation = getattr(model, "generation_config", None)
+    named = [tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
+    flat = [i for value in named for i in (value if isinstance(value, list) else [value]) if i is not None]
+    if not flat:
+        raise UserError(f"{where}: neither tokenizer nor generation config names an end token; set `eos: ['...']`.")
+    return tuple(dict.fromkeys(flat))
+
+
+def _prepare(model: PreTrainedModel, config: TeacherModelConfig, trainable: bool, seed: int) -> Any:
+    model.requires_grad_(trainable)
+    ready: Any = model
+    if isinstance(config, ModelConfig) and trainable:
+        if config.lora is not None:
+            ready = _with_lora(model, config, seed)
+        if config.gradient_checkpointing:
+            causal_lm(ready).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return ready.train(trainable)
+
+
+def _with_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> Any:
+    import peft
+
+    assert config.lora is not None
+    targets = config.lora.target_modules
+    options = peft.LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "lora"))
+        try:
+            wrapped = peft.get_peft_model(model, options)
+        except ValueError as error:
+            raise UserError(f"lora.target_modules {targets!r} does not fit {type(model).__name__}: {error}") from error
+    head = model.get_output_embeddings()
+    if hasattr(head, "lora_A"):
+        raise UserError("LoRA on the LM head is not supported yet; leave the head out of `lora.target_modules`.")
+    return wrapped

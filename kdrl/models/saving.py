@@ -1,0 +1,43 @@
+"""The final model as a normal Hugging Face folder."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from kdrl.models.heads import causal_lm
+from kdrl.models.loading import LoadedModel
+
+
+def save_final(loaded: LoadedModel, folder: Path) -> None:
+    """Write weights, config, tokenizer and end tokens to `folder`, for plain `AutoModelForCausalLM` and `AutoTokenizer`.
+
+    With LoRA, the adapter goes to `folder/adapter` and the merged weights to `folder`; the live model is not touched.
+    A model read from GGUF is saved dequantised. Saving twice gives the same bytes. Dropout stays 0 in the saved config.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model: Any = loaded.model
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder / "adapter")
+        (folder / "adapter" / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        # Merging and unmerging rounds, so the merge happens on a copy.
+        model = copy.deepcopy(model).merge_and_unload()
+    lm: Any = causal_lm(model)
+    held = lm.generation_config
+    lm.generation_config = _generation_config(loaded, held)
+    try:
+        lm.save_pretrained(folder)
+    finally:
+        lm.generation_config = held
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def _generation_config(loaded: LoadedModel, held: GenerationConfig | None) -> GenerationConfig:
+    saved = copy.deepcopy(held) if held is not None else GenerationConfig()
+    ids = list(loaded.eos_ids)
+    saved.eos_token_id = ids if len(ids) > 1 else ids[0]
+    saved.pad_token_id = loaded.pad_id
+    return saved
