@@ -60,7 +60,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def new_cache(config: PretrainedConfig, limit: int, roomy: bool = True) -> DynamicCache:
-    """An empty cache for a text config and at most `limit` tokens a row; other layers than full attention stay stock."""
+    """An empty cache for at most `limit` tokens a row; layers of other kinds than full attention stay stock."""
     cache = DynamicCache(config=config)
     if roomy:
         cache.layers = [RoomyLayer(limit) if type(layer) is DynamicLayer else layer for layer in cache.layers]

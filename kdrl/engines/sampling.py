@@ -1,4 +1,4 @@
-"""From hidden states to tokens: float32 head, inverse CDF with uniforms drawn up front, top-k and top-p, stop strings."""
+"""From hidden states to tokens: float32 head, inverse CDF on uniforms drawn up front, top-k, top-p, stop strings."""
 
 from __future__ import annotations
 

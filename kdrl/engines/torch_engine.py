@@ -7,33 +7,37 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdrl.engines.base import Sample
-from kdrl.engines.cache import new_cache, select_rows
+from kdrl.engines.decoding import Plan, Rows, text_config, write_rows
 from kdrl.engines.sampling import Sampler, SamplingOptions, StopStrings, draw_uniforms
 from kdrl.errors import UserError
-from kdrl.models.heads import accepts, causal_lm, decoder_of, head_of
+from kdrl.models.heads import causal_lm, head_of, hidden_states
 from kdrl.models.loading import LoadedModel
 
-# Steps between two looks at how many rows are still alive: a look makes a GPU wait.
-_LOOK_EVERY = {"cpu": 1}
-_LOOK_EVERY_GPU = 8
-# Dropping finished rows copies the cache, which costs about this many steps of the rows that stay.
-_COMPACTION_STEPS = 0.5
+# A model is checked once, whatever number of engines write with it.
+_PLANS: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
 
 
 class TorchEngine:
-    """Writes with the model itself, at most `max_rows` responses at a time; see `kdrl.engines.base.Engine`."""
+    """Writes with the model itself, at most `max_rows` responses at a time; see `kdrl.engines.base.Engine`.
+
+    Raises UserError when decoding step by step does not reproduce the model's full forward pass.
+    """
 
     def __init__(self, loaded: LoadedModel, max_rows: int, filtered_ok: bool = False) -> None:
         if max_rows < 1:
             raise UserError(f"max_rows is {max_rows}; the engine needs at least one row.")
         self._loaded, self._max_rows, self._filtered_ok = loaded, max_rows, filtered_ok
-        self._config = causal_lm(loaded.model).config.get_text_config()  # type: ignore[union-attr, operator]
+        lm = causal_lm(loaded.model)
+        if lm not in _PLANS:
+            with _writing(loaded):
+                _PLANS[lm] = _right_plan(loaded)
+        self._plan = _PLANS[lm]
 
     def generate(
         self,
@@ -54,17 +58,18 @@ class TorchEngine:
         """
         options = SamplingOptions(temperature, top_p, top_k)
         self._check(prompts, samples, max_new_tokens, options)
+        loaded = self._loaded
         drawn = samples if temperature > 0 else 1  # greedy samples of a prompt are equal
         uniform = draw_uniforms(prompts, drawn, max_new_tokens, seed)
-        rows = [(i, j) for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) for j in range(drawn)]
+        cells = [(i, j) for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) for j in range(drawn)]
         out: dict[tuple[int, int], Sample] = {}
-        with self._writing():
-            stops = StopStrings(self._loaded.tokenizer, stop, self._loaded.vocab_size) if stop else None
-            sampler = Sampler(head_of(self._loaded), options)
-            for wave in _waves(rows, self._max_rows):
-                uniform_RT = torch.stack([uniform[i, j] for i, j in wave])
-                batch = _Batch(self._loaded, self._config, [prompts[i] for i, _ in wave], uniform_RT, sampler, stops)
-                out.update(zip(wave, batch.write(), strict=True))
+        with _writing(loaded):
+            stops = StopStrings(loaded.tokenizer, stop, loaded.vocab_size) if stop else None
+            sampler = Sampler(head_of(loaded), options)
+            for wave in _waves(cells, self._max_rows):
+                rows = Rows(loaded, [prompts[i] for i, _ in wave], max_new_tokens, self._plan)
+                uniform_BT = torch.stack([uniform[i, j] for i, j in wave])
+                out.update(zip(wave, write_rows(rows, uniform_BT, loaded.eos_ids, sampler, stops), strict=True))
         return [[out[i, j % drawn] for j in range(samples)] for i in range(len(prompts))]
 
     def _check(
@@ -79,7 +84,7 @@ class TorchEngine:
             )
         if not all(len(prompt) for prompt in prompts):
             raise UserError("a prompt has no tokens, so there is nothing to continue.")
-        limit = getattr(self._config, "max_position_embeddings", None)
+        limit = getattr(text_config(self._loaded), "max_position_embeddings", None)
         longest = max((len(prompt) for prompt in prompts), default=0)
         if isinstance(limit, int) and longest + max_new_tokens > limit:
             raise UserError(
@@ -87,137 +92,61 @@ class TorchEngine:
                 f"context of {limit}; lower max_new_tokens or limit the prompts."
             )
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Eval and inference mode and the model's autocast; the mode before is restored."""
-        model = self._loaded.model
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.inference_mode(), self._loaded.autocast():
-                yield
-        finally:
-            model.train(was_training)
-            torch.clear_autocast_cache()  # casts made in inference mode must not reach a training forward
+
+@contextlib.contextmanager
+def _writing(loaded: LoadedModel) -> Iterator[None]:
+    """Eval and inference mode and the model's autocast; the mode before is restored."""
+    was_training = loaded.model.training
+    loaded.model.eval()
+    try:
+        with torch.inference_mode(), loaded.autocast():
+            yield
+    finally:
+        loaded.model.train(was_training)
+        torch.clear_autocast_cache()  # casts made in inference mode must not reach a training forward
 
 
-def _waves(rows: list[tuple[int, int]], max_rows: int) -> list[list[tuple[int, int]]]:
+def _waves(cells: list[tuple[int, int]], max_rows: int) -> list[list[tuple[int, int]]]:
     """Cut rows into as few pieces as fit, of nearly equal size."""
-    count = -(-len(rows) // max_rows)
-    return [rows[len(rows) * k // count : len(rows) * (k + 1) // count] for k in range(count)]
+    count = -(-len(cells) // max_rows)
+    return [cells[len(cells) * k // count : len(cells) * (k + 1) // count] for k in range(count)]
 
 
-class _Batch:
-    """One wave of rows, from prefill to the last token."""
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        config: Any,
-        prompts: list[Sequence[int]],
-        uniform_RT: Tensor,
-        sampler: Sampler,
-        stops: StopStrings | None,
-    ) -> None:
-        self._decoder = decoder_of(loaded.model)
-        self._device, self._sampler, self._stops = loaded.device, sampler, stops
-        self._prompts = prompts
-        self._steps = uniform_RT.shape[1]
-        self._uniform_TR = uniform_RT.T.contiguous().to(self._device)
-        self._eos = torch.tensor(loaded.eos_ids, device=self._device)
-        self._pad = loaded.pad_id
-        self._width = max(map(len, prompts))
-        self._cache = new_cache(config, self._width + self._steps)
-        self._has_positions = accepts(type(self._decoder), "position_ids")
-        self._look_every = _LOOK_EVERY.get(self._device.type, _LOOK_EVERY_GPU)
-
-    def write(self) -> list[Sample]:
-        """Run the wave; one Sample a row, in the order of the prompts."""
-        rows = len(self._prompts)
-        token_TR = torch.zeros(self._steps, rows, dtype=torch.long, device=self._device)
-        logp_TR = torch.zeros(self._steps, rows, device=self._device)
-        length_R = torch.zeros(rows, dtype=torch.long, device=self._device)
-        slot_B = torch.arange(rows, device=self._device)
-        alive_B = torch.ones(rows, dtype=torch.bool, device=self._device)
-        hidden_BD = self._prefill()
-        uniform_TB = self._uniform_TR
-        wasted = 0
-        for t in range(self._steps):
-            token_B, logp_B = self._sampler(hidden_BD, uniform_TB[t])
-            token_TR[t].index_copy_(0, slot_B, token_B)
-            logp_TR[t].index_copy_(0, slot_B, logp_B)
-            length_R.index_add_(0, slot_B, alive_B.long())
-            alive_B = alive_B & ~self._ended(token_B, token_TR[: t + 1], slot_B)
-            if t + 1 == self._steps:
-                break
-            if (t + 1) % self._look_every == 0:
-                alive = int(alive_B.sum())
-                if alive == 0:
-                    break
-                # Like renting until the rent has paid the price: compact once the dead rows have cost as much.
-                wasted += (len(slot_B) - alive) * self._look_every
-                if wasted > _COMPACTION_STEPS * alive:
-                    wasted = 0
-                    keep_B = alive_B.nonzero()[:, 0]
-                    self._keep(keep_B)
-                    slot_B, alive_B, token_B = slot_B[keep_B], alive_B[keep_B], token_B[keep_B]
-                    uniform_TB = uniform_TB[:, keep_B]
-            hidden_BD = self._step(token_B)
-        alive_R = torch.zeros(rows, dtype=torch.bool, device=self._device).index_copy_(0, slot_B, alive_B)
-        return _samples(token_TR, logp_TR, length_R, alive_R)
-
-    def _prefill(self) -> Tensor:
-        """Run every distinct prompt once, repeat its cache for its rows; hidden states [rows, D] of the last token."""
-        index = {key: n for n, key in enumerate(dict.fromkeys(map(tuple, self._prompts)))}
-        ids = torch.full((len(index), self._width), self._pad)
-        mask = torch.zeros(len(index), self._width, dtype=torch.long)
-        for key, n in index.items():
-            ids[n, self._width - len(key) :] = torch.tensor(key)
-            mask[n, self._width - len(key) :] = 1
-        mask = mask.to(self._device)
-        padded = len({len(key) for key in index}) > 1
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        hidden_PLD = self._forward(
-            ids.to(self._device), mask if padded else None, positions if padded else positions[:1]
-        )
-        parent_R = torch.tensor([index[tuple(prompt)] for prompt in self._prompts], device=self._device)
-        select_rows(self._cache, parent_R)
-        self._position_B1 = (positions if padded else positions[:1])[:, -1:]
-        self._mask_BL = None
-        if padded:
-            self._position_B1 = self._position_B1[parent_R]
-            self._mask_BL = torch.cat([mask, mask.new_ones(len(index), self._steps)], 1)[parent_R]
-        self._written = self._width
-        return hidden_PLD[:, -1][parent_R]
-
-    def _step(self, token_B: Tensor) -> Tensor:
-        self._written += 1
-        self._position_B1 = self._position_B1 + 1
-        mask = None if self._mask_BL is None else self._mask_BL[:, : self._written]
-        return self._forward(token_B[:, None], mask, self._position_B1)[:, -1]
-
-    def _forward(self, ids_BL: Tensor, mask_BL: Tensor | None, position_BL: Tensor) -> Tensor:
-        given = {"position_ids": position_BL} if self._has_positions else {}
-        out = self._decoder(
-            input_ids=ids_BL, attention_mask=mask_BL, past_key_values=self._cache, use_cache=True, **given
-        )
-        return out.last_hidden_state
-
-    def _keep(self, keep_B: Tensor) -> None:
-        select_rows(self._cache, keep_B)
-        if self._mask_BL is not None:
-            self._mask_BL = self._mask_BL[keep_B]
-            self._position_B1 = self._position_B1[keep_B]
-
-    def _ended(self, token_B: Tensor, token_TR: Tensor, slot_B: Tensor) -> Tensor:
-        ended_B = torch.isin(token_B, self._eos) if len(self._eos) > 1 else token_B == self._eos
-        if self._stops is not None:
-            recent = token_TR[-self._stops.window :, slot_B].tolist()
-            ended_B = ended_B | torch.tensor(self._stops.hits(recent), device=self._device)
-        return ended_B
+def _right_plan(loaded: LoadedModel) -> Plan:
+    """The fastest plan whose steps reproduce the model's full forward pass."""
+    for plan in dict.fromkeys((Plan.fastest(loaded), Plan(roomy_cache=True), Plan())):
+        with contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
+            if _reproduces(loaded, plan):
+                return plan
+    raise UserError(
+        f"{type(causal_lm(loaded.model)).__name__}: decoding with its key-value cache does not reproduce its full "
+        "forward pass, so samples would not come from the policy; this architecture cannot write here."
+    )
 
 
-def _samples(token_TR: Tensor, logp_TR: Tensor, length_R: Tensor, alive_R: Tensor) -> list[Sample]:
-    tokens, logps = token_TR.T.tolist(), logp_TR.T.tolist()
-    rows = zip(tokens, logps, length_R.tolist(), alive_R.tolist(), strict=True)
-    return [Sample(token[:n], logp[:n], not alive) for token, logp, n, alive in rows]
+def _reproduces(loaded: LoadedModel, plan: Plan) -> bool:
+    """Compare hidden states of three steps (two prompt lengths, a row that leaves) with forwards without a cache."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(loaded.vocab_size, (n,), generator=generator).tolist() for n in (6, 8, 8)]
+    prompts = [texts[0][:3], texts[1][:5], texts[2][:5]]
+    rows = Rows(loaded, prompts, 3, plan)
+    found = [rows.hidden_BD]
+    rows.step(torch.tensor([texts[n][len(prompts[n])] for n in range(3)], device=loaded.device))
+    rows.keep(torch.tensor([0, 2], device=loaded.device))
+    for t in (1, 2):
+        rows.step(torch.tensor([texts[n][len(prompts[n]) + t] for n in (0, 2)], device=loaded.device))
+    found.append(rows.hidden_BD)
+    wanted = [_last_hidden(loaded, prompts), _last_hidden(loaded, [texts[0], texts[2]])]
+    tolerance = 1e-3 if found[0].dtype == torch.float32 and loaded.config.autocast is None else 0.1
+    return all(_close(a.float(), b.float(), tolerance) for a, b in zip(found, wanted, strict=True))
+
+
+def _last_hidden(loaded: LoadedModel, texts: Sequence[Sequence[int]]) -> Tensor:
+    each = [torch.tensor([list(text)], device=loaded.device) for text in texts]
+    return torch.cat([hidden_states(loaded.model, ids, torch.ones_like(ids))[:, -1] for ids in each])
+
+
+def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    if not bool(wanted.isfinite().all()):
+        return True  # broken weights are for the trainer to report
+    return bool(((found - wanted).norm(dim=-1) <= tolerance * wanted.norm(dim=-1)).all())
