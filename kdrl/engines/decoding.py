@@ -38,7 +38,7 @@ class Plan:
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         plain = kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
         sdpa = config._attn_implementation == "sdpa"
-        exact = config.dtype == torch.float32 and loaded.config.autocast is None
+        exact = causal_lm(loaded.model).dtype == torch.float32 and loaded.config.autocast is None
         return Plan(True, ready_mask=plain and sdpa, single_query=sdpa and exact and loaded.device.type == "cpu")
 
 
