@@ -62,6 +62,8 @@ class EvaluateConfig(Config):
     """Problems asked of the engine at once. With temperature > 0 another value draws other samples."""
     final_problems: int = Field(default=512, ge=0)
     """Problems of the `test` split that the finished model is evaluated on; 0 leaves the held-out evaluation out."""
+    baselines: bool = True
+    """Evaluate the teacher and the untouched student on the held-out problems too, for the comparison."""
 
     @model_validator(mode="after")
     def _refuse_nonsense(self) -> EvaluateConfig:
@@ -104,7 +106,7 @@ def evaluate_loaded(
     """Write `config.samples` responses to each problem with `engine`, verify them in `pool`, and sum up.
 
     `max_new_tokens` is the limit where the config leaves it open; `progress(done, total)` is called after each batch.
-    Raises UserError without problems or without a length limit.
+    Stop strings stay in the text. Raises UserError without problems or without a length limit.
     """
     limit = config.max_new_tokens or max_new_tokens
     if limit is None:
@@ -115,22 +117,18 @@ def evaluate_loaded(
     for start in range(0, len(problems), config.batch):
         chunk = problems[start : start + config.batch]
         chunk_seed = derive(seed, "evaluate", config.split, start)
-        records += _answer(engine, loaded, chunk, pool, config, limit, chunk_seed, stop, _whole)
+        records += _answer(engine, loaded, chunk, pool, config, limit, chunk_seed, stop)
         if progress is not None:
             progress(len(records), len(problems))
     settings = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
     return EvaluationResult.from_records(
         records,
-        model=str(loaded.config.model),
+        model=loaded.config.model if isinstance(loaded.config.model, str) else "new model",
         split=config.split,
         k=config.k,
         seed=seed,
         settings={**settings, "samples": config.samples, "max_new_tokens": limit},
     )
-
-
-def _whole(text: str) -> str | None:
-    return text.strip() or None
 
 
 def _answer(
@@ -142,7 +140,6 @@ def _answer(
     limit: int,
     seed: int,
     stop: Sequence[str],
-    vote: Callable[[str], str | None],
 ) -> list[Record]:
     """Responses and verdicts of one batch of problems."""
     from kdrl.models import encode_prompt
@@ -164,7 +161,7 @@ def _answer(
     items = [(text, problem, info) for (problem, _), text, info in zip(rows, texts, infos, strict=True)]
     verdicts = pool.score(items)
     responses = [
-        Response(text, info.tokens, verdict.correct, info.truncated, vote(text), verdict.reward, verdict.status)
+        Response(text, info.tokens, verdict.correct, info.truncated, pool.answer(text), verdict.reward, verdict.status)
         for (text, _, info), verdict in zip(items, verdicts, strict=True)
     ]
     n = config.samples
@@ -177,62 +174,52 @@ def evaluate(
     *,
     config: EvaluateConfig | None = None,
     device: str = "auto",
-    seed: int | None = None,
-    max_new_tokens: int | None = None,
-    max_rows: int = 256,
-    workers: int = 2,
-    timeout_s: float = 10.0,
+    seed: int = 0,
+    max_rows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     **overrides: Any,
 ) -> EvaluationResult:
     """Load `model` and evaluate it on `task`: a recipe (its path or the object) or a task section.
 
-    `overrides` are fields of EvaluateConfig (problems, samples, temperature, split, k …); the split is `test` unless
-    said otherwise, and what neither says comes from the recipe. Raises UserError for what cannot be combined.
+    `overrides` are fields of EvaluateConfig (problems, samples, temperature, split, k …; None leaves a field open).
+    Without `config` they lie on the recipe's held-out evaluation: `final_problems` of the `test` split. `seed` is 0
+    for all, so that two models differ by themselves alone. Raises UserError for what cannot be combined.
     """
-    from kdrl.engines.torch import TorchEngine
-    from kdrl.models import load_model
+    from kdrl.build import resolve_device
+    from kdrl.engines import TorchEngine
+    from kdrl.models import encode_prompt, load_model
     from kdrl.tasks import VerifierPool, build_task
 
     recipe = _recipe_of(task)
     task_config: Any = task if recipe is None else recipe.task
     chosen = _chosen_config(config, recipe, overrides)
-    stop: Sequence[str] = ()
-    if recipe is not None:
-        max_new_tokens = max_new_tokens or recipe.rollout.max_new_tokens
-        seed = recipe.seed if seed is None else seed
-        stop = recipe.rollout.stop
-    seed = 0 if seed is None else seed
-    problems = pick_problems(build_task(task_config, seed), chosen)
+    limit, stop = (None, ()) if recipe is None else (recipe.rollout.max_new_tokens, recipe.rollout.stop)
+    rows = max_rows or (256 if recipe is None else recipe.rollout.rows)
     if isinstance(model, (str, Path)):
-        loaded = load_model(_model_config(str(model), recipe), pick_device(device), trainable=False, seed=seed)
+        section = _model_config(str(model), recipe)
+        loaded = load_model(section, resolve_device(device), trainable=False, seed=seed)
     else:
         loaded = model
-    engine = TorchEngine(loaded, max_rows=max_rows, filtered_ok=True)
-    with VerifierPool(task_config, workers, timeout_s) as pool:
+    # A limit on the length of prompts (task.max_prompt_tokens) decides which problems there are.
+    tasks = build_task(task_config, seed, lambda problem: len(encode_prompt(loaded, problem.prompt)))
+    problems = pick_problems(tasks, chosen)
+    engine = TorchEngine(loaded, max_rows=rows, filtered_ok=True)
+    with VerifierPool(task_config) as pool:
         return evaluate_loaded(
-            engine, loaded, problems, pool, chosen, seed, max_new_tokens=max_new_tokens, stop=stop, progress=progress
+            engine, loaded, problems, pool, chosen, seed, max_new_tokens=limit, stop=stop, progress=progress
         )
 
 
 def pick_problems(task: Any, config: EvaluateConfig) -> list[Problem]:
     """The first `config.problems` problems of the split (all of a smaller one); UserError when it has none."""
-    stream = task.problems(config.split)
-    if stream.size == 0:
+    from kdrl.tasks.base import take
+
+    problems = take(task.problems(config.split), config.problems)
+    if not problems:
         raise UserError(
             f"the task has no {config.split!r} problems; give it a share (task.holdout) or a file of its own"
         )
-    count = config.problems if stream.size is None else min(config.problems, stream.size)
-    return [stream[index] for index in range(count)]
-
-
-def pick_device(device: str) -> str:
-    """`auto` is the first CUDA device when there is one, else the CPU; anything else is left as it is."""
-    import torch
-
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return list(problems)
 
 
 def _recipe_of(task: Any) -> Any:
@@ -249,10 +236,14 @@ def _chosen_config(config: EvaluateConfig | None, recipe: Any, overrides: dict[s
     unknown = sorted(overrides.keys() - EvaluateConfig.model_fields.keys())
     if unknown:
         raise UserError(f"evaluate has no option {unknown[0]!r}{nearest(unknown[0], EvaluateConfig.model_fields)}")
-    given = config or (EvaluateConfig() if recipe is None else recipe.evaluate)
-    base = given if config is not None else given.model_copy(update={"split": "test"})
+    said = {name: value for name, value in overrides.items() if value is not None}
+    base = config
+    if base is None:
+        base = EvaluateConfig() if recipe is None else recipe.evaluate
+        on_test = said.get("split", "test") == "test" and base.final_problems > 0
+        base = base.final() if on_test else base.model_copy(update={"split": "test"})
     try:
-        return EvaluateConfig.model_validate({**base.model_dump(), **overrides})
+        return EvaluateConfig.model_validate({**base.model_dump(), **said})
     except ValidationError as error:
         raise UserError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from error
 

@@ -117,9 +117,9 @@ class EvaluationResult:
         """Ids of the problems, in the order they were asked."""
         return tuple(record.id for record in self.records)
 
-    def for_log(self) -> dict[str, float | None]:
-        """The metrics under `eval/…`, as a step of metrics.jsonl carries them."""
-        return {f"eval/{name}": value for name, value in self.metrics.items()}
+    def headline(self) -> dict[str, float | None]:
+        """The metrics without intervals, as a step of metrics.jsonl carries them under `eval/…`."""
+        return dict(self.metrics)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `tokens_per_correct` null is explained by a word beside it."""

@@ -140,17 +140,18 @@ class FakeProblem:
 
 
 class FakePool:
+    def answer(self, text: str) -> str:
+        return text[-1]
+
     def score(self, items: list[tuple[str, FakeProblem, Any]]) -> list[Any]:
         return [SimpleNamespace(reward=1.0, correct=text == p.prompt * 2, status="ok") for text, p, _ in items]
 
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> Any:
-    models, tasks = ModuleType("kdrl.models"), ModuleType("kdrl.tasks")
+    models = ModuleType("kdrl.models")
     models.encode_prompt = lambda loaded, prompt: [ord(c) for c in prompt]  # type: ignore[attr-defined]
-    tasks.ResponseInfo = lambda t, c, m: SimpleNamespace(tokens=t, truncated=c, max_tokens=m)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "kdrl.models", models)
-    monkeypatch.setitem(sys.modules, "kdrl.tasks", tasks)
     decode = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(map(chr, ids)))
     return SimpleNamespace(tokenizer=decode, config=SimpleNamespace(model="fake"))
 
@@ -165,6 +166,7 @@ def test_every_response_meets_its_own_problem(loaded: Any):
     assert [r.id for r in got.records] == ["ida", "idb", "idc", "idd", "ide"]
     assert all([r.text for r in rec.responses] == [rec.prompt * n for n in (1, 2, 3)] for rec in got.records)
     assert all([r.correct for r in rec.responses] == [False, True, False] for rec in got.records)
+    assert all(r.answer == rec.prompt for rec in got.records for r in rec.responses)
     assert got.metrics["truncated"] == pytest.approx(1 / 3)
     assert seen == [(2, 5), (4, 5), (5, 5)]
     assert len({call["seed"] for call in engine.calls}) == 3, "batches must not draw the same random numbers"
