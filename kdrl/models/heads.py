@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdrl.errors import UserError
@@ -28,7 +27,7 @@ def causal_lm(model: Any) -> nn.Module:
 
 def decoder_of(model: Any) -> nn.Module:
     """The part of a causal LM that ends with the final norm and has no head."""
-    lm = causal_lm(model)
+    lm: Any = causal_lm(model)
     decoder = lm.get_decoder() if hasattr(lm, "get_decoder") else None
     if decoder is None or decoder is lm:
         decoder = getattr(lm, getattr(lm, "base_model_prefix", "") or "model", None)
@@ -69,15 +68,15 @@ def head_of(model: Any, rows: int | None = None) -> Head:
     """
     from kdrl.objectives.head import Head
 
-    lm = causal_lm(model)
+    lm: Any = causal_lm(model)
     if rows is None:
         rows = getattr(model, "vocab_size", None) if hasattr(model, "eos_ids") else None
-    layer = lm.get_output_embeddings()  # type: ignore[operator]
+    layer = lm.get_output_embeddings()
     if hasattr(layer, "lora_A"):
         raise UserError("LoRA on the LM head is not supported yet; leave the head out of `lora.target_modules`.")
     if not isinstance(layer, nn.Linear):
         raise UserError(f"{type(lm).__name__} has no linear LM head (found {type(layer).__name__}); it cannot be used.")
-    config = lm.config.get_text_config()  # type: ignore[union-attr, operator]
+    config = lm.config.get_text_config()
     return Head(
         weight_VD=layer.weight,
         bias_V=layer.bias,
@@ -102,7 +101,7 @@ def project(head: Head, hidden_ND: Tensor) -> Tensor:
     """Float32 logits [N, V] of a few positions (the head is applied in the weights' own format)."""
     rows = head.rows if head.rows is not None else head.weight_VD.shape[0]
     bias = None if head.bias_V is None else head.bias_V[:rows]
-    logits = F.linear(hidden_ND.to(head.weight_VD.dtype), head.weight_VD[:rows], bias).float()
+    logits = nn.functional.linear(hidden_ND.to(head.weight_VD.dtype), head.weight_VD[:rows], bias).float()
     if head.scale != 1.0:
         logits = logits * head.scale
     return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap

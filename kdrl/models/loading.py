@@ -59,7 +59,7 @@ def load_model(config: TeacherModelConfig, device: str | torch.device, *, traina
     Raises UserError when the model, its weights, its tokenizer or its end token are missing, broken or do not fit.
     """
     origin = None if isinstance(config.model, NewModel) else find_origin(config)
-    with _quiet():
+    with quiet():
         tokenizer = _load_tokenizer(config, origin)
         if origin is None:
             model = _make_new(config, tokenizer, seed)
@@ -76,8 +76,8 @@ def load_model(config: TeacherModelConfig, device: str | torch.device, *, traina
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars or advice of the library while loading: the run has a display of its own."""
+def quiet() -> Iterator[None]:
+    """No progress bars or advice of the library while inside: the run has a display of its own."""
     log = transformers.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -102,6 +102,9 @@ def _load_tokenizer(config: TeacherModelConfig, origin: Origin | None) -> PreTra
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
         except Exception as error:  # OSError, ValueError, KeyError, and the Rust reader's bare Exception
             raise UserError(explain(error, str(name), "tokenizer")) from error
+        # transformers makes an empty one when the folder holds none.
+        if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
+            raise UserError(f"{name!r} has no tokenizer; set `tokenizer` to a folder or hub id that has one.")
     tokenizer.padding_side = "left"
     apply_template_option(tokenizer, config.chat_template)
     return tokenizer
@@ -121,7 +124,7 @@ def _make_new(config: TeacherModelConfig, tokenizer: PreTrainedTokenizerBase, se
 def _load_weights(config: TeacherModelConfig, origin: Origin) -> PreTrainedModel:
     try:
         hf_config = _without_dropout(AutoConfig.from_pretrained(origin.name, **origin.options))
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             origin.name,
             config=hf_config,
             dtype=getattr(torch, config.dtype),
@@ -134,11 +137,12 @@ def _load_weights(config: TeacherModelConfig, origin: Origin) -> PreTrainedModel
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError, SafetensorError
         raise UserError(explain(error, origin.label, "model")) from error
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
-            f"{origin.label}: {len(missing)} of the weights of {type(model).__name__} are not in the files "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); they would be random. Give a whole checkpoint."
+            f"{origin.label}: {len(missing)} weights of {type(model).__name__} are not in the files "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); they would be random. Give all files."
         )
     return _plain_weights(model) if origin.gguf else model
 
@@ -147,9 +151,10 @@ def _plain_weights(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in an ordinary model: one loaded from GGUF cannot be saved or trained further as it is."""
     config = model.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     with torch.random.fork_rng(devices=[]):
-        fresh = type(model)(config).to(model.dtype)
+        fresh: Any = type(model)(config)
+    fresh = fresh.to(model.dtype)
     fresh.load_state_dict(model.state_dict())
     fresh.tie_weights()
     fresh.generation_config = model.generation_config
@@ -208,7 +213,10 @@ def _prepare(model: PreTrainedModel, config: TeacherModelConfig, trainable: bool
         if config.lora is not None:
             ready = _with_lora(model, config, seed)
         if config.gradient_checkpointing:
-            causal_lm(ready).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            lm: Any = causal_lm(ready)
+            # The name before transformers 5.2x.
+            enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
     return ready.train(trainable)
 
 

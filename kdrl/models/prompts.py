@@ -59,7 +59,7 @@ def _plain(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) 
 
 
 def apply_template_option(tokenizer: PreTrainedTokenizerBase, option: str) -> None:
-    """Give the tokenizer the chat template that the recipe names (a file or its text); `auto` and `none` keep its own."""
+    """Give the tokenizer the chat template that the recipe names (a file or its text), if any."""
     if option in ("auto", "none"):
         return
     if "{{" in option or "{%" in option:

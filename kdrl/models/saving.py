@@ -9,11 +9,11 @@ from typing import Any
 from transformers import GenerationConfig
 
 from kdrl.models.heads import causal_lm
-from kdrl.models.loading import LoadedModel
+from kdrl.models.loading import LoadedModel, quiet
 
 
 def save_final(loaded: LoadedModel, folder: Path) -> None:
-    """Write weights, config, tokenizer and end tokens to `folder`, for plain `AutoModelForCausalLM` and `AutoTokenizer`.
+    """Write weights, config, tokenizer and end tokens to `folder`, which plain transformers loads.
 
     With LoRA, the adapter goes to `folder/adapter` and the merged weights to `folder`; the live model is not touched.
     A model read from GGUF is saved dequantised. Saving twice gives the same bytes. Dropout stays 0 in the saved config.
@@ -29,7 +29,8 @@ def save_final(loaded: LoadedModel, folder: Path) -> None:
     held = lm.generation_config
     lm.generation_config = _generation_config(loaded, held)
     try:
-        lm.save_pretrained(folder)
+        with quiet():
+            lm.save_pretrained(folder)
     finally:
         lm.generation_config = held
     loaded.tokenizer.save_pretrained(folder)

@@ -98,7 +98,7 @@ def explain(error: Exception, label: str, what: str) -> str:
     if "gated" in text or "401" in text:
         return f"{what} {label!r} is gated or private on the hub; log in with `hf auth login`, or give a local folder."
     if not local and ("connect" in text or "not a local folder" in text or "offline" in text or "cached" in text):
-        return f"{what} {label!r} is neither a local folder nor a hub id that can be reached or lies in the cache ({first})."
+        return f"{what} {label!r} is no local folder, and no hub id that is cached or can be reached ({first})."
     if what == "tokenizer" and local:
         return (
             f"{label!r} has no tokenizer that transformers can load; set `tokenizer` to a folder or hub id ({first})."
