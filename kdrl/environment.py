@@ -29,7 +29,7 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
     return {
         "kdrl": kdrl.__version__,
         "git": git_state(Path(folder)),
-        "source_git": git_state(Path(kdrl.__file__).parent),
+        "source_git": _source_git(),
         "python": platform.python_version(),
         "implementation": platform.python_implementation(),
         "command": sys.argv,
@@ -55,6 +55,12 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     # A file that git does not know of can change a run as much as an edited one.
     changed = _git(folder, "status", "--porcelain", "--untracked-files=normal")
     return {"commit": commit, "branch": _git(folder, "rev-parse", "--abbrev-ref", "HEAD"), "dirty": bool(changed)}
+
+
+def _source_git() -> dict[str, Any] | None:
+    # An installed package may lie in a virtual environment inside a repository of something else.
+    home = Path(kdrl.__file__).parent
+    return git_state(home) if _git(home, "ls-files", "--error-unmatch", "__init__.py") else None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
-from pydantic import Field, PlainSerializer, PlainValidator, create_model, field_validator, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, create_model, field_validator, model_serializer, model_validator
 from torch import Tensor
 
 from kdrl.config import Config
@@ -183,6 +183,8 @@ class DistillConfig(TermConfig):
     """full, {topk: K} with a tail outcome, {token: k1|k2|k3}, or {token: {estimator: k3, as: loss}}."""
     clamp: float | None = Field(default=10.0, gt=0.0)
     """Bound on the log-ratio R inside a sampled-token gradient; null for none (token support only)."""
+    teacher: Literal["teacher", "self"] = "teacher"
+    """`teacher`, or `self`: the student as it is, reading the privileged prompt (HDPO, OPSD), without gradient."""
     skip_eos: bool = False
     """Leave the final end-of-sequence token out (teacher and student that end differently)."""
     on: tuple[Origin, ...] = ("student", "gold", "teacher")
@@ -191,11 +193,19 @@ class DistillConfig(TermConfig):
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
         refuse_untaught(self.divergence, self.support)
+        if self.teacher == "self" and self.on != ("privileged",):
+            raise ValueError("teacher: self reads the privileged prompt, so it needs `on: [privileged]`")
         if self.support.kind != "token" and "clamp" in self.model_fields_set and self.clamp is not None:
             raise ValueError(
                 f"clamp bounds a sampled-token ratio: it belongs to support {{token: ...}}, not to {self.support.kind}"
             )
         return self
+
+
+    @model_serializer(mode="wrap")
+    def _write(self, handler: Any) -> dict[str, Any]:
+        # A resolved recipe must read back: clamp is refused where it would do nothing.
+        return {k: v for k, v in handler(self).items() if k != "clamp" or self.support.kind == "token"}
 
 
 def distribution_loss(config: DistillConfig, logp: Tensor, logq: Tensor) -> Tensor:

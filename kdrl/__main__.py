@@ -1,0 +1,5 @@
+"""`python -m kdrl` is `kdrl`."""
+
+from kdrl.cli import main
+
+main()

@@ -1,0 +1,186 @@
+"""Recipe to live objects; the only module that knows every room."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdrl.checkpoint import Checkpoints
+from kdrl.checks import build_objective, needs_rewards, teacher_terms
+from kdrl.engines import TorchEngine
+from kdrl.errors import UserError
+from kdrl.evaluate import EvaluateConfig, EvaluationResult, evaluate_loaded
+from kdrl.models import LoadedModel, encode_prompt, load_model
+from kdrl.pairing import check_lengths, check_pairing
+from kdrl.recipe import Recipe
+from kdrl.rollouts import Collector, Source
+from kdrl.sources.student import PrivilegedSource, StudentSource
+from kdrl.sources.text import GoldSource, TeacherSource
+from kdrl.tasks import Problem, Task, VerifierPool, build_task
+from kdrl.tasks.base import take
+from kdrl.teachers import LocalTeacher, ReferenceTeacher, SelfTeacher, Teacher
+from kdrl.trainer import Parts
+from kdrl.update import Updater
+
+
+def resolve_device(name: str) -> str:
+    """`auto` to cuda where there is one, else cpu; raises UserError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name} was asked for, but this torch sees no CUDA device; use device=cpu or auto.")
+    return name
+
+
+class Builder:
+    """Everything of one run, each part made once; verifier workers live until `stack` closes."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path, stack: ExitStack) -> None:
+        self.recipe, self.run_dir = recipe, run_dir
+        self.device = resolve_device(recipe.device)
+        self.notes: list[str] = []
+        self.objective = build_objective(recipe)
+        self.student = load_model(recipe.student, self.device, trainable=True, seed=recipe.seed)
+        self.teacher = self._load_teacher()
+        self.task = self._task()
+        self.pool = stack.enter_context(VerifierPool(recipe.task))
+        self.engine = TorchEngine(self.student, recipe.rollout.rows, filtered_ok=recipe.rollout.filtered)
+        self._check_lengths()
+
+    def _load_teacher(self) -> LoadedModel | None:
+        recipe = self.recipe
+        if recipe.teacher is None:
+            return None
+        if not teacher_terms(self.objective) and "teacher" not in recipe.source.origins:
+            if not recipe.evaluate.baselines:
+                self.notes.append("the teacher is not loaded: no term asks it and it writes nothing")
+                return None
+        teacher = load_model(recipe.teacher, self.device, trainable=False, seed=recipe.seed)
+        self.notes += check_pairing(self.student, teacher)
+        return teacher
+
+    def _task(self) -> Task:
+        @lru_cache(maxsize=4096)
+        def length(prompt: str) -> int:
+            return len(encode_prompt(self.student, prompt))
+
+        def tokens(problem: Problem) -> int:
+            if isinstance(problem.prompt, str):
+                return length(problem.prompt)
+            return len(encode_prompt(self.student, problem.prompt))
+
+        return build_task(self.recipe.task, self.recipe.seed, tokens)
+
+    def _check_lengths(self) -> None:
+        models = {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
+        check_lengths(models, take(self.task.problems("train"), 64), self.recipe)
+
+    def sources(self) -> dict[str, Source]:
+        """The writers that the recipe's source can choose from."""
+        recipe, rollout = self.recipe, self.recipe.rollout
+        sampling: dict[str, Any] = {
+            "max_new_tokens": rollout.max_new_tokens,
+            "temperature": rollout.temperature,
+            "top_p": rollout.top_p,
+            "top_k": rollout.top_k,
+            "stop": rollout.stop,
+        }
+        found: dict[str, Source] = {}
+        for origin in recipe.source.origins:
+            if origin == "student":
+                found[origin] = StudentSource(self.engine, self.student, rollout.group, **sampling)
+            elif origin == "gold":
+                found[origin] = GoldSource(self.student, rollout.max_new_tokens)
+            elif origin == "teacher":
+                found[origin] = self._teacher_source(sampling)
+            else:
+                assert recipe.source.template is not None
+                samples = recipe.source.samples or rollout.group
+                inner = StudentSource(self.engine, self.student, samples, **sampling)
+                found[origin] = PrivilegedSource(inner, recipe.source.template)
+        return found
+
+    def _teacher_source(self, sampling: dict[str, Any]) -> TeacherSource:
+        assert self.teacher is not None
+        engine = TorchEngine(self.teacher, self.recipe.rollout.rows, filtered_ok=True)
+        store = self.run_dir / "teacher_text.jsonl"
+        return TeacherSource(engine, self.student, store, self.recipe.rollout.group, sampling)
+
+    def teachers(self) -> tuple[dict[str, Teacher], Teacher | None]:
+        """The teachers that terms ask by name, and the frozen initial student where a term needs it."""
+        budget = self.recipe.optimizer.micro_batch_tokens
+        found: dict[str, Teacher] = {}
+        if self.teacher is not None:
+            found["teacher"] = LocalTeacher(self.teacher, budget)
+        if self.recipe.source.kind == "privileged":
+            found["self"] = SelfTeacher(self.student, budget)
+        leashed = any(t.needs.reference for t in self.objective.terms)
+        return found, ReferenceTeacher(self.student, budget) if leashed else None
+
+    def optimizer(self, updater: Updater) -> torch.optim.Optimizer:
+        """AdamW with decay on matrices only."""
+        config = self.recipe.optimizer
+        matrices = [p for p in updater.parameters if p.ndim >= 2]
+        vectors = [p for p in updater.parameters if p.ndim < 2]
+        groups = [
+            {"params": params, "weight_decay": decay}
+            for params, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+            if params
+        ]
+        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps)
+
+    def evaluate_model(self, loaded: LoadedModel, config: EvaluateConfig) -> EvaluationResult:
+        """Responses of a model on a split's first problems, scored by the run's verifiers."""
+        problems = take(self.task.problems(config.split), config.problems)
+        engine = TorchEngine(loaded, self.recipe.rollout.rows, filtered_ok=True)
+        limit = self.recipe.rollout.max_new_tokens
+        # One seed for every run: evaluations of different runs must differ by the model alone.
+        return evaluate_loaded(engine, loaded, problems, self.pool, config, 0, max_new_tokens=limit)
+
+    def development(self) -> dict[str, float]:
+        """The evaluation of a training run, as metrics."""
+        result = self.evaluate_model(self.student, self.recipe.evaluate)
+        return {f"eval/{key}": value for key, value in result.headline().items()}
+
+    def parts(self) -> Parts:
+        """Everything the trainer needs."""
+        recipe = self.recipe
+        updater = Updater(self.student, recipe.optimizer.micro_batch_tokens)
+        teachers, reference = self.teachers()
+        stream = self.task.problems("train")
+        collector = Collector(
+            recipe.source,
+            self.sources(),
+            stream.__getitem__,
+            self.pool if needs_rewards(recipe, self.objective) or recipe.source.kind != "gold" else None,
+            prompts=recipe.rollout.prompts,
+            rounds=recipe.rollout.dynamic_sampling,
+            max_tokens=recipe.rollout.max_new_tokens,
+            seed=recipe.seed,
+            device=self.device,
+        )
+        text = collector.sources.get("teacher")
+        return Parts(
+            recipe=recipe,
+            run_dir=self.run_dir,
+            student=self.student,
+            objective=self.objective,
+            collector=collector,
+            teachers=teachers,
+            reference=reference,
+            updater=updater,
+            optimizer=self.optimizer(updater),
+            checkpoints=Checkpoints(self.run_dir, recipe.checkpoint),
+            evaluate=self.development,
+            verdict_counts=lambda: self.pool.counts,
+            device=self.device,
+            text=text if isinstance(text, TeacherSource) else None,
+        )

@@ -1,0 +1,146 @@
+"""The command line: exit status 0 for success, 2 for a mistake that the user can mend, 1 otherwise."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kdrl.errors import UserError
+
+app = typer.Typer(
+    name="kdrl",
+    help="Post-train reasoning language models by unified knowledge distillation and reinforcement learning.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False, soft_wrap=True)
+
+
+def _say(text: Any) -> None:
+    console.print(text, markup=False)
+
+
+class _TrainCommand(typer.core.TyperCommand):
+    """`kdrl train --help` goes on with every recipe key, its default and its documentation."""
+
+    def get_help(self, ctx: Any) -> str:
+        from kdrl.recipe import describe_fields
+
+        lines = [super().get_help(ctx), "", "Recipe keys (in the YAML file, or as key=value):"]
+        for name, default, text in describe_fields():
+            lines.append(f"  {name}" + (f" [{default}]" if default else ""))
+            lines.append(f"      {text}")
+        return "\n".join(lines)
+
+
+@app.command(cls=_TrainCommand)
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe file (YAML), or the folder of a run.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. steps=50 student.model=PATH.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; new or empty. Default: runs/RECIPE.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder, exactly.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print resolved recipe, expanded method and memory plan; run nothing.")
+    ] = False,
+) -> None:
+    """Train a student by a recipe."""
+    if resume is not None:
+        if recipe is not None or overrides or output is not None or dry_run:
+            raise UserError("--resume takes no recipe, override or other option: a run goes on as it was started.")
+        from kdrl.run import resume as resume_run
+
+        resume_run(resume, say=_say)
+        return
+    if recipe is None:
+        raise UserError("give a recipe, as in `kdrl train recipes/kdrl.yaml student.model=PATH`, or --resume RUN.")
+    if "=" in str(recipe) and not recipe.exists():
+        raise UserError(f"{str(recipe)!r} looks like an override; the recipe file comes first.")
+    if dry_run:
+        _dry_run(recipe, overrides or [])
+        return
+    from kdrl.run import train as train_run
+
+    train_run(recipe, overrides or [], output=output, say=_say)
+
+
+def _dry_run(recipe: Path, overrides: list[str]) -> None:
+    from kdrl.explain import explain_objective
+    from kdrl.planning import memory_plan
+    from kdrl.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides)
+    console.print(resolved.to_yaml(), markup=False)
+    console.print(explain_objective(resolved), markup=False)
+    plan = memory_plan(resolved)
+    console.print(plan.table())
+    console.print(plan.verdict, markup=False)
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="Show this method.")] = None) -> None:
+    """List the published methods, or show one: formula, recipe, citation, what is not known."""
+    from kdrl.methods import all_methods, expanded, get_method
+
+    if name is None:
+        width = max(map(len, all_methods()))
+        for method in all_methods().values():
+            console.print(f"{method.name:<{width}}  {method.title}", markup=False)
+        console.print("\n`kdrl methods NAME` shows formula, recipe, citation and what is not known.", markup=False)
+        return
+    method = get_method(name)
+    parts = [f"{method.name}: {method.title}", f"citation: {method.citation}", f"formula:\n{_indent(method.formula)}"]
+    parts += [f"recipe:\n{_indent(expanded(method))}", f"defaults: {method.defaults}", f"unknown: {method.unknown}"]
+    console.print("\n".join(parts), markup=False)
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.strip().splitlines())
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of a comparison. Default: that which holds the runs.")
+    ] = None,
+) -> None:
+    """Write report.html of a run, or compare several in one table."""
+    from kdrl.report import report_run, report_runs
+
+    if len(runs) == 1:
+        if output is not None:
+            raise UserError("--output is for comparing several runs; one run's report lies in its own folder.")
+        console.print(f"report: {report_run(runs[0])}", markup=False)
+        return
+    table, path = report_runs(runs, output or runs[0].parent)
+    console.print(table)
+    console.print(f"report: {path}", markup=False)
+
+
+def _fail(text: str, status: int) -> None:
+    print(f"kdrl: {text}", file=sys.stderr)
+    sys.exit(status)
+
+
+def main() -> None:
+    """Run the command line and turn errors into sentences and exit statuses."""
+    logging.basicConfig(format="kdrl: %(message)s", level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("stopped at once; the last checkpoint is whole. Go on with: kdrl train --resume RUN", 1)
+    except Exception as error:
+        if type(error).__name__ in ("RunError", "InterruptedRun"):
+            _fail(str(error), 1)
+        raise

@@ -1,0 +1,320 @@
+"""How much memory a run will need, from configurations alone: nothing is loaded, so `--dry-run` answers in seconds.
+
+Formulas count what PyTorch keeps for a decoder with flash or memory-efficient attention (no T x T scores per head).
+Left out: verifier processes, fragmentation on a GPU, sliding windows (counted as full attention), eager attention.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+
+from kdrl.errors import UserError
+from kdrl.model_shape import ModelShape as ModelShape
+from kdrl.model_shape import activation_bytes
+from kdrl.model_shape import adapter_parameters as adapter_parameters
+from kdrl.objectives.head import CHUNK_ELEMENTS
+
+# Interpreter, torch and transformers on the CPU; driver context and cuBLAS workspace on a GPU. Measured, in bytes.
+_LIBRARIES = {"cpu": 360 << 20, "cuda": 800 << 20}
+# On the CPU, glibc's heap keeps about half as much again as the activations need. Measured on 1M and 20M parameters;
+# with MALLOC_MMAP_THRESHOLD_=65536 in the environment it keeps none, and the rest of the plan is within 6 % of the peak.
+_HEAP_SLACK = 0.5
+# Float32 arrays of one logits chunk alive at once: logits, log-probs, their gradients, the teacher's, one to work in.
+_CHUNK_ARRAYS = 6
+# The same for the logits of one sampling step: logits, probabilities, their running sum.
+_SAMPLING_ARRAYS = 3
+
+Phase = Literal["always", "rollout", "update", "optimizer step"]
+PHASES: tuple[Phase, ...] = ("rollout", "update", "optimizer step")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One part of a plan; `why` is its formula with the numbers in it."""
+
+    name: str
+    bytes: int
+    phase: Phase
+    why: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run needs, part by part, against the bytes that this process may use on the device."""
+
+    items: tuple[Item, ...]
+    available: int
+    device: str
+    advice: tuple[str, ...] = ()
+
+    def of(self, phase: Phase) -> int:
+        """Bytes in use during a phase, parts that are always there included."""
+        return sum(item.bytes for item in self.items if item.phase in ("always", phase))
+
+    @property
+    def peak_phase(self) -> Phase:
+        """The phase that needs most."""
+        return max(PHASES, key=self.of)
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment."""
+        return self.of(self.peak_phase)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak stays within what is available."""
+        return self.peak <= self.available
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: it fits, or it does not and what to change."""
+        what = f"about {_size(self.peak)} at the peak ({self.peak_phase}) of {_size(self.available)} on {self.device}"
+        return f"fits: {what}" if self.fits else f"does not fit: {what}; {'; or '.join(self.advice)}"
+
+    def table(self) -> Table:
+        """The plan for the terminal, with the verdict below."""
+        style = "green" if self.fits else "bold red"
+        table = Table(title="memory plan", caption=f"[{style}]{self.verdict}", caption_justify="left")
+        for name in ("part", "when", "size", "how"):
+            table.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
+        for item in self.items:
+            table.add_row(item.name, item.phase, _size(item.bytes), item.why)
+        table.add_section()
+        for phase in PHASES:
+            table.add_row(f"[bold]total, {phase}", "", f"[bold]{_size(self.of(phase))}", "")
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON."""
+        totals = {phase: self.of(phase) for phase in PHASES}
+        return asdict(self) | {"totals": totals, "peak": self.peak, "fits": self.fits, "verdict": self.verdict}
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of `plan`, so that the parts of the formula can share them."""
+
+    student: ModelShape
+    teacher: ModelShape | None
+    trainable: int
+    tokens: int
+    max_length: int
+    rows: int
+    dtype_bytes: int
+    teacher_bytes: int
+    autocast: bool
+    lora: bool
+    reference: bool
+    checkpointing: bool
+    device: torch.device
+
+    @property
+    def compute_bytes(self) -> int:
+        return 2 if self.autocast else self.dtype_bytes
+
+
+def plan(
+    student: ModelShape,
+    teacher: ModelShape | None = None,
+    *,
+    trainable_parameters: int | None = None,
+    micro_batch_tokens: int,
+    max_length: int,
+    rollout_rows: int,
+    dtype_bytes: int = 4,
+    teacher_dtype_bytes: int | None = None,
+    autocast: bool = False,
+    lora: bool = False,
+    reference: bool = False,
+    checkpointing: bool = False,
+    device: str | torch.device = "cpu",
+    available: int | None = None,
+) -> MemoryPlan:
+    """Plan the memory of a run with AdamW.
+
+    `trainable_parameters` are all of the student's when None, the adapters' with `lora`; `micro_batch_tokens` is the
+    token budget of one forward and backward; `max_length` is prompt and response together; `rollout_rows` responses
+    are written at once (0: none); `available` bytes are asked of the device when None.
+    Raises UserError when the device is not there.
+    """
+    if lora and trainable_parameters is None:
+        raise ValueError("plan(lora=True) needs trainable_parameters: the parameters of the adapters")
+    request = _Request(
+        student=student,
+        teacher=teacher,
+        trainable=student.parameters if trainable_parameters is None else trainable_parameters,
+        tokens=max(micro_batch_tokens, max_length),  # one sequence is never cut
+        max_length=max_length,
+        rows=rollout_rows,
+        dtype_bytes=dtype_bytes,
+        teacher_bytes=teacher_dtype_bytes or dtype_bytes,
+        autocast=autocast,
+        lora=lora,
+        reference=reference,
+        checkpointing=checkpointing,
+        device=torch.device(device),
+    )
+    room = available_bytes(request.device) if available is None else available
+    made = MemoryPlan(_items(request), room, str(request.device))
+    return made if made.fits else replace(made, advice=tuple(_advice(made, request)))
+
+
+def _items(r: _Request) -> tuple[Item, ...]:
+    parts = (*_held(r), *_rollout(r), *_update(r), *_optimizer_step(r))
+    return tuple(item for item in parts if item.bytes)
+
+
+def _need(r: _Request, phase: Phase) -> int:
+    return MemoryPlan(_items(r), 0, "").of(phase)
+
+
+def _held(r: _Request) -> Iterable[Item]:
+    """What is there from start to end."""
+    yield Item("libraries", _LIBRARIES.get(r.device.type, 0), "always", "Python, torch, transformers")
+    weights = r.student.parameters + (r.trainable if r.lora else 0)
+    yield Item("student weights", weights * r.dtype_bytes, "always", f"{weights:,} x {r.dtype_bytes} B")
+    if r.autocast:
+        products = r.student.parameters - r.student.vocabulary * r.student.width
+        yield Item("autocast copies", 2 * products, "always", f"{products:,} weights of matrix products x 2 B")
+    moments = 2 * r.trainable * r.dtype_bytes
+    yield Item("optimizer state", moments, "always", f"AdamW: 2 x {r.trainable:,} x {r.dtype_bytes} B")
+    if r.teacher:
+        size = r.teacher.parameters * r.teacher_bytes
+        yield Item("teacher weights", size, "always", f"{r.teacher.parameters:,} x {r.teacher_bytes} B")
+    if r.reference:
+        size = 0 if r.lora else r.student.parameters * r.dtype_bytes  # with LoRA: the base without its adapters
+        yield Item("reference weights", size, "always", f"{r.student.parameters:,} x {r.dtype_bytes} B")
+
+
+def _rollout(r: _Request) -> Iterable[Item]:
+    """What writing responses needs."""
+    layer = r.rows * r.max_length * r.student.kv_width * 2 * r.compute_bytes
+    yield Item(
+        "rollout KV cache",
+        layer * r.student.layers,
+        "rollout",
+        f"{r.rows} rows x {r.max_length} tokens x {r.student.layers} layers x {r.student.kv_heads} heads x "
+        f"{r.student.head_dim} x 2 x {r.compute_bytes} B",
+    )
+    repeat = r.student.heads // r.student.kv_heads
+    yield Item("attention copies", layer * (1 + repeat), "rollout", "one layer's cache, growing and repeated per head")
+    yield Item(
+        "sampling logits",
+        _SAMPLING_ARRAYS * 4 * r.rows * r.student.vocabulary,
+        "rollout",
+        f"{_SAMPLING_ARRAYS} x {r.rows} rows x {r.student.vocabulary:,} x 4 B",
+    )
+
+
+def _update(r: _Request) -> Iterable[Item]:
+    """What forward and backward of one micro-batch need."""
+    yield Item("gradients", r.trainable * r.dtype_bytes, "update", f"{r.trainable:,} x {r.dtype_bytes} B")
+    per_layer = activation_bytes(r.student, r.max_length, r.compute_bytes)
+    kept = r.student.width * r.compute_bytes
+    if r.checkpointing:
+        size, why = per_layer + kept * r.student.layers, f"{per_layer:,} B + {r.student.layers} layers x {kept:,} B"
+    else:
+        size, why = per_layer * r.student.layers, f"{r.student.layers} layers x {per_layer:,} B"
+    yield Item("activations", r.tokens * size, "update", f"{r.tokens:,} tokens x {why}")
+    working = r.tokens * r.compute_bytes * (3 * r.student.mlp_width + 2 * r.student.width)
+    yield Item("backward of one layer", working, "update", "gradients of one layer's activations")
+    hidden = r.student.width + (r.teacher.width if r.teacher else 0)
+    yield Item("hidden states", 2 * 4 * r.tokens * hidden, "update", f"{r.tokens:,} tokens x {hidden:,} x 2 x 4 B")
+    chunk = max(CHUNK_ELEMENTS, 16 * r.student.vocabulary)
+    arrays = _CHUNK_ARRAYS * 4 * min(chunk, r.tokens * r.student.vocabulary)
+    wide = 4 * r.student.vocabulary * r.student.width if r.dtype_bytes < 4 else 0
+    yield Item("logits chunk", arrays + wide, "update", f"{_CHUNK_ARRAYS} arrays of at most {chunk:,} x 4 B")
+    if r.teacher:
+        forward = r.tokens * r.teacher_bytes * (3 * r.teacher.mlp_width + 4 * r.teacher.width)
+        yield Item("teacher forward", forward, "update", "one layer's activations, none kept")
+    if r.device.type == "cpu":
+        slack = int(_HEAP_SLACK * (r.tokens * size + working))
+        yield Item("heap slack", slack, "update", "freed blocks that the C library keeps, half of the activations")
+
+
+def _optimizer_step(r: _Request) -> Iterable[Item]:
+    """What AdamW's step needs beside its state."""
+    yield Item("gradients", r.trainable * r.dtype_bytes, "optimizer step", f"{r.trainable:,} x {r.dtype_bytes} B")
+    if r.device.type == "cuda":
+        yield Item("multi-tensor AdamW", r.trainable * r.dtype_bytes, "optimizer step", "one temporary per parameter")
+
+
+def _advice(made: MemoryPlan, r: _Request) -> Iterable[str]:
+    """What to change, with the largest value that would fit where there is one."""
+    room = made.available
+    if made.of("always") > room or made.of("optimizer step") > room:
+        yield from _smaller_weights(r)
+        return
+    if made.of("update") > room:
+        fit = bisect_left(range(r.tokens), True, key=lambda n: _need(replace(r, tokens=n + 1), "update") > room)
+        if fit >= r.max_length:
+            yield f"lower the token budget of a micro-batch to {fit:,}"
+        if not r.checkpointing:
+            yield "set student.gradient_checkpointing: true"
+        if fit < r.max_length:
+            yield "shorten the responses"
+            yield from _smaller_weights(r)
+    if made.of("rollout") > room:
+        fit = bisect_left(range(r.rows), True, key=lambda n: _need(replace(r, rows=n + 1), "rollout") > room)
+        yield f"write at most {fit:,} responses at once" if fit else "shorten the responses"
+
+
+def _smaller_weights(r: _Request) -> Iterable[str]:
+    if not r.lora:
+        yield "train adapters with student.lora"
+    if r.dtype_bytes > 2:
+        yield "set student.dtype: bfloat16"
+    if r.teacher and r.teacher_bytes > 2:
+        yield "set teacher.dtype: bfloat16"
+    yield "choose a smaller model"
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes this process may use on a device, what it holds already included; raises UserError without the device."""
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("device: cuda was asked for and torch sees no CUDA device; set device: cpu.")
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free = _kibibytes("/proc/meminfo", "MemAvailable:")
+    held = _kibibytes("/proc/self/status", "VmRSS:")
+    if free is None or held is None:  # not Linux: all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([free + held, *_container_limits(held)])
+
+
+def _kibibytes(file: str, key: str) -> int | None:
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), None)
+
+
+def _container_limits(held: int) -> Iterable[int]:
+    """What a container's own limit leaves, with file caches counted as free (cgroup version 2, then 1)."""
+    names = (("", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
+    for folder, limit, usage in names:
+        root = Path("/sys/fs/cgroup") / folder
+        try:
+            stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+            used = int((root / usage).read_text()) - int(stat.get("inactive_file", 0))
+            yield int((root / limit).read_text()) - used + held
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+
+
+def _size(count: int) -> str:
+    """Bytes for people: 512 B, 1.5 MB, 2.3 GB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"

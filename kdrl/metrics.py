@@ -1,0 +1,133 @@
+"""The numbers of one step, from what the step already computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from kdrl.objectives.terms import Distill
+from kdrl.recipe import Recipe
+from kdrl.rollouts import Collected
+from kdrl.update import Scored, Tally, Updater
+
+if TYPE_CHECKING:
+    from kdrl.trainer import Progress
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _outcomes(collected: Collected) -> dict[str, Any]:
+    own = [r for r in collected.responses if r.origin == "student"] or collected.responses
+    groups: dict[int, set[float]] = {}
+    for r in own:
+        groups.setdefault(r.group, set()).add(r.reward)
+    return {
+        "reward": _mean([r.reward for r in own]),
+        "accuracy": _mean([float(r.correct) for r in own]),
+        "tokens": _mean([len(r.token_ids) for r in own]),
+        "truncated": _mean([float(not r.ended) for r in own]),
+        "zero_advantage_share": _mean([float(len(seen) == 1) for seen in groups.values()]),
+        "groups_without_right": 1.0 - len({r.group for r in own if r.correct}) / max(1, len(groups)),
+        "batch_responses": len(collected.responses),
+        "dropped_groups": collected.dropped_groups,
+    }
+
+
+def _teacher_gap(scored: Scored, logq_N: Tensor | None) -> dict[str, float]:
+    """Mean R = log p - log q over the student's tokens that the teacher scored, and its share beyond the clamp."""
+    evidence = scored.evidence.get("teacher")
+    if evidence is None or logq_N is None:
+        return {}
+    both_N = evidence.scored_N & ~logq_N.isnan()
+    if not bool(both_N.any()):
+        return {}
+    ratio = (evidence.logp_N - logq_N)[both_N]
+    bounds = [a.term.config.clamp for a in scored.active if isinstance(a.term, Distill) and a.term.config.clamp]
+    beyond = float((ratio.abs() > bounds[0]).float().mean()) if bounds else 0.0
+    mean = float(ratio.mean())
+    return {"log_ratio_mean": mean, "log_ratio_beyond_clamp": beyond, "kl_teacher": -mean}
+
+
+def _masked_share(scored: Scored) -> dict[str, float]:
+    """Share of the distillation terms' tokens that their masks leave out."""
+    asking = [a for a in scored.active if a.term.family == "kd"]
+    eligible = sum(int(a.eligible_N.sum()) for a in asking)
+    kept = sum(int(a.keep_N.sum()) for a in asking)
+    return {"masked_share": 1.0 - kept / eligible} if eligible else {}
+
+
+def step_row(
+    recipe: Recipe,
+    progress: Progress,
+    collected: Collected,
+    scored: Scored,
+    tally: Tally,
+    norms: Sequence[float],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """One line of metrics.jsonl, but for learning rate, weights, verifier counts and evaluation."""
+    weights = {a.name: a.weight for a in scored.active}
+    updates = max(1, min(recipe.optimizer.minibatches, scored.rollouts.rows))
+    row: dict[str, Any] = {"step": progress.step} | _outcomes(collected)
+    row["loss"] = sum(weights[name] * value for name, value in tally.loss.items()) / updates
+    row["grad_norm"] = _mean(norms)
+    row["entropy"] = tally.entropy / max(1, tally.tokens)
+    row |= {f"loss/{name}": value / updates for name, value in tally.loss.items()}
+    if tally.policy_tokens:
+        row["clipped_share"] = tally.held / tally.policy_tokens
+    if tally.student_tokens:
+        row["sampling_mismatch"] = tally.mismatch / tally.student_tokens
+    row |= _teacher_gap(scored, scored.sampled_N) | _masked_share(scored)
+    if scored.evidence:
+        row["teacher_calls"] = progress.teacher_calls
+        row["teacher_calls_saved"] = progress.teacher_calls_saved
+    row["responses"] = progress.responses
+    row["skipped_updates"] = progress.skipped_updates
+    written = sum(len(r.token_ids) for r in collected.responses)
+    row["tokens_per_second"] = written / max(1e-9, seconds["step"])
+    if seconds["rollout"] > 0:
+        row["rollout_tokens_per_second"] = written / seconds["rollout"]
+    return row | {f"time/{name}": value for name, value in seconds.items()}
+
+
+def balance(updater: Updater, scored: Scored, rows: Sequence[int]) -> dict[str, float]:
+    """Norm ratio and cosine of the distillation and reward gradients, each as weighted in the objective.
+
+    A pass of its own per side, so that logging never changes the bytes of the run.
+    """
+    sides: dict[str, list[Tensor | None]] = {}
+    for family in ("kd", "rl"):
+        active = [a for a in scored.active if a.term.family == family]
+        if not active:
+            return {}
+        part = Scored(
+            scored.rollouts,
+            active,
+            scored.evidence,
+            scored.reference,
+            scored.old_N,
+            None,
+            scored.temperature,
+        )
+        updater.accumulate(part, rows)
+        sides[family] = updater.gradients()
+        updater.clear()
+    kd, rl = sides["kd"], sides["rl"]
+    kd_norm, rl_norm = _dot(kd, kd) ** 0.5, _dot(rl, rl) ** 0.5
+    found = {"kd_norm": kd_norm, "rl_norm": rl_norm}
+    if kd_norm > 0 and rl_norm > 0:
+        found |= {"kd_rl_norm_ratio": kd_norm / rl_norm, "kd_rl_cosine": _dot(kd, rl) / (kd_norm * rl_norm)}
+    return found
+
+
+def _dot(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
+    """Inner product of two gradients, one parameter at a time in float64."""
+    return sum(
+        float(x.flatten().double() @ y.flatten().double())
+        for x, y in zip(a, b, strict=True)
+        if x is not None and y is not None
+    )

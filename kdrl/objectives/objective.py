@@ -1,0 +1,133 @@
+"""A list of terms with their weights: which tokens each keeps at a step, what it needs, and the summed loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdrl.batch import Rollouts
+from kdrl.objectives.masks import MaskContext, evaluate_mask, mask_names
+from kdrl.objectives.policy import advantages
+from kdrl.objectives.reduce import token_weights
+from kdrl.objectives.terms import Distill, PolicyGradient, SequenceAnchor, Term, TokenView
+
+
+@dataclass(frozen=True)
+class Active:
+    """A term at one step: its weight, the tokens it may read, those its mask keeps, and its advantages."""
+
+    name: str
+    term: Term[Any]
+    weight: float
+    eligible_N: Tensor
+    keep_N: Tensor
+    advantage_B: Tensor | None
+
+    @property
+    def teacher(self) -> str | None:
+        """Which teacher the term asks: `teacher`, `self`, or none."""
+        if self.term.needs.teacher is None:
+            return None
+        return self.term.config.teacher if isinstance(self.term, Distill) else "teacher"
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a token's loss depends on every token of its response (GSPO's sequence ratio)."""
+        return isinstance(self.term, PolicyGradient) and self.term.config.ratio == "sequence"
+
+    def wanted_N(self, row_N: Tensor, rows: int) -> Tensor:
+        """Tokens whose log-probs the term reads: those kept, or their whole responses."""
+        if not self.whole_rows:
+            return self.keep_N
+        touched_B = torch.zeros(rows, dtype=torch.bool, device=row_N.device)
+        touched_B[row_N[self.keep_N]] = True
+        return touched_B[row_N]
+
+
+class Objective:
+    """The terms of a run; `names` tell two of a kind apart as `distill.0`, `distill.1`."""
+
+    def __init__(self, terms: Sequence[Term[Any]]) -> None:
+        self.terms = tuple(terms)
+        kinds = [t.name for t in self.terms]
+        self.names = [k if kinds.count(k) == 1 else f"{k}.{kinds[:i].count(k)}" for i, k in enumerate(kinds)]
+
+    def weights(self, step: int, total: int) -> list[float]:
+        """Each term's weight at a step."""
+        return [t.config.weight(step, total) for t in self.terms]
+
+    def ever(self, step: int, total: int) -> list[Term[Any]]:
+        """Terms whose weight is not zero at this step."""
+        return [t for t, w in zip(self.terms, self.weights(step, total), strict=True) if w != 0.0]
+
+    @property
+    def wants_entropy_mask(self) -> bool:
+        """Whether a mask needs token entropies before the update."""
+        return any("top_entropy" in mask_names(t.config.mask) for t in self.terms)
+
+    def activate(self, rollouts: Rollouts, step: int, total: int, entropy_N: Tensor | None = None) -> list[Active]:
+        """The terms of nonzero weight, with masks and advantages taken over the whole step's rollouts."""
+        context = MaskContext(
+            rollouts.correct_B,
+            rollouts.reward_B,
+            rollouts.group_B,
+            rollouts.truncated_B,
+            rollouts.row_N,
+            rollouts.last_N,
+            entropy_N,
+        )
+        found = []
+        for name, term, weight in zip(self.names, self.terms, self.weights(step, total), strict=True):
+            if weight == 0.0:
+                continue
+            eligible_N = rollouts.trained_N & rollouts.origin_N(term.config.on)
+            keep_N = eligible_N & evaluate_mask(term.config.mask, context)
+            more = term.keep(rollouts.last_N)
+            keep_N = keep_N if more is None else keep_N & more
+            found.append(Active(name, term, weight, eligible_N, keep_N, _advantages(term, rollouts)))
+        return found
+
+
+def _advantages(term: Term[Any], rollouts: Rollouts) -> Tensor | None:
+    """Advantages over the responses that the term reads; zero for the others."""
+    if not isinstance(term, PolicyGradient):
+        return None
+    mine = torch.tensor([r.origin in term.config.on for r in rollouts.responses], device=rollouts.reward_B.device)
+    out_B = torch.zeros_like(rollouts.reward_B)
+    out_B[mine] = advantages(term.config.advantage, rollouts.reward_B[mine], rollouts.group_B[mine])
+    return out_B
+
+
+def reduction(active: Active, rollouts: Rollouts, rows: Sequence[int]) -> Tensor:
+    """Weight of each token of one optimizer step's `rows` under the term's `reduce`, zero elsewhere, `[N]`."""
+    inside_B = torch.zeros(rollouts.rows, dtype=torch.bool, device=rollouts.row_N.device)
+    inside_B[list(rows)] = True
+    inside_N = inside_B[rollouts.row_N]
+    out_N = torch.zeros(rollouts.tokens, dtype=torch.float32, device=rollouts.row_N.device)
+    rank_B = inside_B.cumsum(0) - 1
+    out_N[inside_N] = token_weights(
+        active.term.config.reduce,
+        active.keep_N[inside_N],
+        rank_B[rollouts.row_N[inside_N]],
+        len(rows),
+        torch.float32,
+    )
+    return out_N
+
+
+def weighted_loss(active: Active, view: TokenView, weight_M: Tensor) -> Tensor:
+    """The term's share of a micro-batch's loss, before its coefficient: sum of weight x per-token loss.
+
+    Tokens of zero weight are left out, not multiplied by zero: a log-prob of -inf there must not make NaN.
+    """
+    loss_M = active.term.loss(view)
+    return torch.where(weight_M > 0, loss_M * weight_M, 0.0).sum()
+
+
+def is_anchored(term: Term[Any]) -> bool:
+    """Whether the policy gradient's ratio is anchored to the teacher (TRRD)."""
+    return isinstance(term, PolicyGradient) and isinstance(term.config.ratio, SequenceAnchor)

@@ -1,0 +1,62 @@
+"""Pairings of student, teacher and task that would train on nonsense, refused before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kdrl.errors import UserError
+from kdrl.models import LoadedModel, encode_prompt
+from kdrl.recipe import Recipe
+from kdrl.tasks import Problem
+
+
+def check_pairing(student: LoadedModel, teacher: LoadedModel) -> list[str]:
+    """Raise UserError when the teacher reads other tokens than the student writes; return what is only worth a note."""
+    mine, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    differing = sorted(t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t))
+    if differing:
+        shown = ", ".join(repr(t) for t in differing[:3])
+        raise UserError(
+            f"the teacher has another tokenizer than the student: {len(differing)} tokens differ (such as {shown}). "
+            "A same-tokenizer loss would compare unrelated tokens; choose a teacher of the student's family, or use "
+            "its text: source teacher with a cross_entropy term."
+        )
+    if set(student.eos_ids).isdisjoint(teacher.eos_ids):
+        names = [_tokens(m) for m in (student, teacher)]
+        raise UserError(
+            f"student and teacher end a response differently ({names[0]} and {names[1]}), so the teacher would punish "
+            "every ending. Set teacher.eos or student.eos to a common token, or choose another pair."
+        )
+    notes = []
+    if student.eos_ids != teacher.eos_ids:
+        notes.append("student and teacher share only some end tokens; consider objective.distill.skip_eos=true")
+    if student.tokenizer.chat_template != teacher.tokenizer.chat_template:
+        notes.append("the teacher's chat template differs; it is shown prompts in the student's template")
+    rows = [_rows(m) for m in (student, teacher)]
+    if rows[0] != rows[1]:
+        notes.append(f"vocabulary rows {rows[0]} and {rows[1]} are both cut to the tokenizer's {student.vocab_size}")
+    return notes
+
+
+def check_lengths(models: dict[str, LoadedModel], problems: Sequence[Problem], recipe: Recipe) -> None:
+    """Raise UserError when prompt and response together do not fit a model's context."""
+    student = models["student"]
+    longest = max((len(encode_prompt(student, p.prompt)) for p in problems), default=0)
+    need = longest + recipe.rollout.max_new_tokens
+    for who, loaded in models.items():
+        config = loaded.model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        if context is not None and need > context:
+            raise UserError(
+                f"the {who} reads at most {context} tokens, but a prompt of {longest} and rollout.max_new_tokens of "
+                f"{recipe.rollout.max_new_tokens} make {need}; lower rollout.max_new_tokens or set "
+                "task.max_prompt_tokens."
+            )
+
+
+def _tokens(loaded: LoadedModel) -> str:
+    return " ".join(str(loaded.tokenizer.convert_ids_to_tokens(i)) for i in loaded.eos_ids)
+
+
+def _rows(loaded: LoadedModel) -> int:
+    return int(loaded.model.get_output_embeddings().weight.shape[0])

@@ -1,0 +1,63 @@
+"""The memory plan of a recipe, from model configurations alone: no weights are loaded."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from kdrl.build import resolve_device
+from kdrl.checks import build_objective
+from kdrl.errors import UserError
+from kdrl.memory import MemoryPlan, plan
+from kdrl.model_shape import ModelShape, adapter_parameters
+from kdrl.models.sources import explain, find_origin
+from kdrl.models.config import NewModel, NewTokenizer, TeacherModelConfig
+from kdrl.models.scratch import character_tokenizer, new_model_config
+from kdrl.recipe import Recipe
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def config_of(section: TeacherModelConfig) -> PretrainedConfig:
+    """The transformers configuration of a model section, without its weights; raises UserError when there is none."""
+    if isinstance(section.model, NewModel):
+        if isinstance(section.tokenizer, NewTokenizer):
+            tokenizer = character_tokenizer(section.tokenizer)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(section.tokenizer))
+        return new_model_config(section.model, len(tokenizer), tokenizer)
+    origin = find_origin(section)
+    try:
+        return AutoConfig.from_pretrained(origin.name, **origin.options)
+    except Exception as error:
+        raise UserError(explain(error, origin.label, "model")) from error
+
+
+def _longest(recipe: Recipe) -> int:
+    # Without a stated prompt limit a prompt as long as the response is assumed.
+    prompt = recipe.task.max_prompt_tokens or recipe.rollout.max_new_tokens
+    return prompt + recipe.rollout.max_new_tokens
+
+
+def memory_plan(recipe: Recipe) -> MemoryPlan:
+    """Plan a recipe's memory; raises UserError when a model's configuration cannot be read."""
+    student_config = config_of(recipe.student)
+    teacher: TeacherModelConfig | None = recipe.teacher
+    lora = recipe.student.lora
+    objective = build_objective(recipe)
+    writes = recipe.source.kind != "gold"
+    rows = min(recipe.rollout.rows, recipe.rollout.prompts * recipe.rollout.group) if writes else 0
+    return plan(
+        ModelShape.from_config(student_config),
+        None if teacher is None else ModelShape.from_config(config_of(teacher)),
+        trainable_parameters=None if lora is None else adapter_parameters(student_config, lora),
+        micro_batch_tokens=recipe.optimizer.micro_batch_tokens,
+        max_length=_longest(recipe),
+        rollout_rows=rows,
+        dtype_bytes=_BYTES[recipe.student.dtype],
+        teacher_dtype_bytes=None if teacher is None else _BYTES[teacher.dtype],
+        autocast=recipe.student.autocast is not None,
+        lora=lora is not None,
+        reference=lora is None and any(t.needs.reference for t in objective.terms),
+        checkpointing=recipe.student.gradient_checkpointing,
+        device=resolve_device(recipe.device),
+    )

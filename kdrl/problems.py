@@ -1,0 +1,69 @@
+"""Validation errors turned into sentences that name the dotted key and the nearest right one."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from kdrl.errors import nearest
+
+
+def explain_validation(error: ValidationError, root: type[BaseModel], prefix: str) -> list[str]:
+    """One sentence per problem."""
+    lines = []
+    for problem in error.errors():
+        where = prefix + ".".join(str(part) for part in problem["loc"] if not _is_union_tag(part))
+        kind = problem["type"]
+        if kind == "extra_forbidden":
+            lines.append(_unknown(where, problem["loc"], root, prefix))
+        elif kind == "missing":
+            lines.append(f"{where} is missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+            given = "" if kind == "value_error" else f" (given: {_short(problem.get('input'))})"
+            lines.append(f"{where}: {message}{given}" if where else f"{message}{given}")
+    return list(dict.fromkeys(lines))
+
+
+def _is_union_tag(part: Any) -> bool:
+    # pydantic adds the tried member of a union, as in student.model.NewModel.layers or function-plain[...].
+    return isinstance(part, str) and ("[" in part or part[:1].isupper() or part in ("str", "int", "float", "dict"))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown(where: str, loc: tuple[Any, ...], root: type[BaseModel], prefix: str) -> str:
+    key = str(loc[-1])
+    section: type[BaseModel] | None = root
+    for part in loc[:-1]:
+        section = _child(section, str(part)) if section is not None and not _is_union_tag(part) else section
+    elsewhere = [path for path in _paths(root) if path.split(".")[-1] == key]
+    if elsewhere:
+        return f"{where} is no recipe key; did you mean {prefix}{elsewhere[0]}?"
+    known = list(section.model_fields) if section is not None else [p for p in _paths(root) if "." not in p]
+    return f"{where} is no recipe key{nearest(key, known)}"
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    options = [annotation, *get_args(annotation)]
+    return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+
+
+def _child(section: type[BaseModel], part: str) -> type[BaseModel] | None:
+    field = section.model_fields.get(part)
+    models = _models(field.annotation) if field is not None else []
+    return models[0] if models else None
+
+
+def _paths(root: type[BaseModel], prefix: str = "", depth: int = 0) -> list[str]:
+    found = []
+    for name, field in root.model_fields.items():
+        found.append(prefix + name)
+        if depth < 3:
+            for model in _models(field.annotation):
+                found += _paths(model, f"{prefix}{name}.", depth + 1)
+    return found

@@ -1,0 +1,269 @@
+"""A recipe: YAML in, a frozen typed configuration out; the method is expanded and unknown keys are errors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationError
+
+from kdrl.checkpoint import CheckpointConfig
+from kdrl.config import Config
+from kdrl.errors import UserError, nearest
+from kdrl.evaluate import EvaluateConfig
+from kdrl.methods import get_method
+from kdrl.models.config import ModelConfig, TeacherModelConfig
+from kdrl.objectives.schedules import Schedule
+from kdrl.objectives.terms import TERMS, ScheduleField, TermConfig
+from kdrl.overrides import assign, parse_override
+from kdrl.plugins import load_plugins
+from kdrl.problems import explain_validation
+from kdrl.sources.config import SourceConfig
+from kdrl.tasks.config import TaskConfig
+from kdrl.watch import LogConfig
+from kdrl.yamls import load_yaml
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One term of an objective, as a recipe writes it: `{name: {settings}}`."""
+
+    name: str
+    config: TermConfig
+
+
+def read_entry(raw: Any) -> Entry:
+    """One objective entry from its recipe form; raises ValueError saying what is wrong."""
+    if isinstance(raw, Entry):
+        return raw
+    if isinstance(raw, str):
+        raw = {raw: {}}
+    if not (isinstance(raw, dict) and len(raw) == 1):
+        raise ValueError(f"an objective entry is one term with its settings, as `- distill: {{...}}`, not {raw!r}")
+    name, settings = next(iter(raw.items()))
+    if name not in TERMS:
+        raise ValueError(f"no objective term is called {name!r}{nearest(str(name), TERMS)}")
+    try:
+        return Entry(name, TERMS.get(name).Config.model_validate(settings or {}))
+    except ValidationError as error:
+        lines = explain_validation(error, TERMS.get(name).Config, f"{name}.")
+        raise ValueError("; ".join(lines)) from None
+
+
+def _write_entry(entry: Entry) -> dict[str, Any]:
+    return {entry.name: plain(entry.config)}
+
+
+EntryField = Annotated[Entry, PlainValidator(read_entry), PlainSerializer(_write_entry)]
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """A section as plain data; a null stays only where the default is something else."""
+    out: dict[str, Any] = {}
+    for key, value in config.model_dump(mode="json").items():
+        live = getattr(config, key, None)
+        if value is None and type(config).model_fields[key].default is None:
+            continue
+        sectioned = isinstance(live, Config) and isinstance(value, dict) and "_read" not in type(live).__dict__
+        out[key] = plain(live) if sectioned else value  # type: ignore[arg-type]
+    return out
+
+
+class RolloutConfig(Config):
+    """How responses are written."""
+
+    prompts: int = Field(16, ge=1)
+    """Problems per step."""
+    group: int = Field(8, ge=1)
+    """Responses per problem."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Length limit of a response in tokens; a longer one is cut and counts as truncated."""
+    temperature: float = Field(1.0, gt=0.0)
+    """Temperature of the policy: it samples, is scored and is compared with the teacher at this one temperature."""
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Nucleus sampling; below 1 the samples are not the policy's own, so `filtered` must ask for it by name."""
+    top_k: int = Field(0, ge=0)
+    """Sample among the k likeliest tokens (0: all); like top_p it needs `filtered`."""
+    filtered: bool = False
+    """Allow top_p and top_k in training although importance ratios and KL estimates are then biased."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response."""
+    rows: int = Field(256, ge=1)
+    """Responses decoded at once."""
+    dynamic_sampling: int = Field(0, ge=0)
+    """Extra rounds of sampling to replace groups of equal rewards (DAPO, 2503.14476); 0 switches it off."""
+
+
+class OptimizerConfig(Config):
+    """AdamW and what surrounds it."""
+
+    lr: ScheduleField = Field(default_factory=lambda: Schedule(1.0e-6))
+    """Learning rate: a number or a schedule such as {cosine: {from: 1e-4, to: 0}}."""
+    warmup: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = Field(1.0e-8, gt=0.0)
+    """AdamW's denominator offset."""
+    weight_decay: float = Field(0.0, ge=0.0)
+    """Decoupled weight decay, on matrices only (not on norms and biases)."""
+    clip: float | None = Field(1.0, gt=0.0)
+    """Largest norm of the gradient; null for no clipping."""
+    minibatches: int = Field(1, ge=1)
+    """Optimizer steps per batch of rollouts; more than one uses old log-probs and importance ratios."""
+    epochs: int = Field(1, ge=1)
+    """Passes over each batch of rollouts."""
+    micro_batch_tokens: int = Field(16384, ge=1)
+    """Padded tokens per forward pass; changes memory and speed, never the result."""
+    stop_after_bad: int = Field(5, ge=1)
+    """Stop after this many updates in a row whose gradient was not finite; each is skipped and counted."""
+
+
+class Recipe(Config):
+    """Everything a run is made of."""
+
+    method: str | None = None
+    """A published method by name (`kdrl methods` lists them); it fills `objective` and what belongs to it."""
+    objective: tuple[EntryField, ...] = ()
+    """Terms that are minimised together; replaces the list that `method` stands for."""
+    source: SourceConfig = SourceConfig()
+    """Who writes the responses: student, gold, teacher, {mixture: share}, {privileged: {template: ...}}."""
+    steps: int = Field(100, ge=0)
+    """Training steps, each with its own rollouts."""
+    seed: int = 0
+    """Everything random follows from it."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    plugins: tuple[str, ...] = ()
+    """Python files or modules to import first: one's own terms, masks, schedules, verifiers, tasks."""
+    student: ModelConfig
+    """The model that is trained."""
+    teacher: TeacherModelConfig | None = None
+    """The model that scores or writes; needed by distill terms and source teacher."""
+    task: TaskConfig
+    """Prompts and their verifier."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How responses are written."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How the student is updated."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Evaluation during and after training."""
+    log: LogConfig = LogConfig()
+    """What is written down and shown."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the run is saved."""
+    deviations: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Per method, dotted keys that this recipe sets otherwise than the method does, such as
+    {kdrl: {objective.distill.weight: 0.5}}; printed as deviations at the start."""
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML that `load_recipe` reads back to the same recipe."""
+        return yaml.safe_dump(plain(self), sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, mapping by mapping; other values replace."""
+    out = copy.deepcopy(dict(base))
+    for key, value in over.items():
+        old = out.get(key)
+        both = isinstance(old, dict) and isinstance(value, Mapping)
+        out[key] = merge(old, value) if both else copy.deepcopy(value)  # type: ignore[arg-type]
+    return out
+
+
+def _expand(raw: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Method below recipe, then the recipe's deviations for that method, then the command line."""
+    method = raw.get("method")
+    deviations = raw.get("deviations") or {}
+    if not isinstance(deviations, dict) or not all(isinstance(d, dict) for d in deviations.values()):
+        raise UserError("deviations maps a method to dotted keys, as {kdrl: {objective.distill.weight: 0.5}}")
+    for name in deviations:
+        get_method(name)
+    if method is not None:
+        raw = merge(get_method(str(method)).recipe, raw)
+        for key, value in deviations.get(method, {}).items():
+            assign(raw, key, value, f"deviations.{method}")
+    for key, value in overrides:
+        assign(raw, key, value, "the command line")
+    raw["deviations"] = {}
+    return raw
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file or a mapping, with `key.sub=value` overrides; raises UserError for anything amiss."""
+    if isinstance(source, Mapping):
+        raw, where = copy.deepcopy(dict(source)), "the recipe"
+    else:
+        raw, where = _read(Path(source)), str(source)
+    pairs = [parse_override(text) for text in overrides]
+    # The method and the plugins decide how the rest is read, so they come first.
+    for key, value in pairs:
+        if key in ("method", "plugins", "objective"):
+            raw[key] = value
+    plugins = raw.get("plugins") or ()
+    load_plugins([plugins] if isinstance(plugins, str) else plugins, where)
+    if isinstance(plugins, str):
+        raw["plugins"] = [plugins]
+    raw = _expand(raw, [(k, v) for k, v in pairs if k not in ("method", "plugins", "objective")])
+    recipe = validate(raw, where)
+    from kdrl.checks import check_recipe
+
+    check_recipe(recipe)
+    return recipe
+
+
+def validate(raw: Mapping[str, Any], where: str) -> Recipe:
+    """A Recipe from plain data; every problem becomes one sentence that names its key."""
+    try:
+        return Recipe.model_validate(dict(raw))
+    except ValidationError as error:
+        lines = explain_validation(error, Recipe, "")
+        raise UserError(f"{where} is not a valid recipe:\n  " + "\n  ".join(lines)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        path = path / "recipe.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"there is no recipe at {path}; recipes/ holds examples.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {path} cannot be read: {error}") from None
+    raw = load_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a recipe: it must be a mapping of keys such as method, student and task.")
+    return raw
+
+
+def describe_fields(kind: type[Config] = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Every recipe key as (dotted name, default, documentation), for --help."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in kind.model_fields.items():
+        inner = _section(field.annotation)
+        rows.append((prefix + name, _default(field), " ".join((field.description or "").split())))
+        if inner is not None:
+            rows += describe_fields(inner, f"{prefix}{name}.")
+    return rows
+
+
+def _section(annotation: Any) -> type[Config] | None:
+    options = [annotation, *get_args(annotation)]
+    found = [o for o in options if isinstance(o, type) and issubclass(o, Config)]
+    # SourceConfig and its like are written in one word or mapping, documented at the field itself.
+    written = [o for o in found if "_read" not in o.__dict__]
+    return written[0] if written else None
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, Config):
+        dumped = value.model_dump(mode="json")
+        return str(dumped) if isinstance(dumped, str | int | float) else ""
+    return str(value.spec) if isinstance(value, Schedule) else str(value)

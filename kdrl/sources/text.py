@@ -1,0 +1,123 @@
+"""Responses that are text already: worked solutions of the data, and a teacher's answers written once and stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdrl.batch import Response
+from kdrl.engines.base import Engine, Sample
+from kdrl.errors import UserError
+from kdrl.jsonlines import JsonLines
+from kdrl.models import LoadedModel, encode_prompt
+from kdrl.tasks import Problem
+
+
+class GoldSource:
+    """The problem's worked solution as the response, one a problem, cut at `max_tokens`."""
+
+    def __init__(self, student: LoadedModel, max_tokens: int) -> None:
+        self.student = student
+        self.max_tokens = max_tokens
+
+    def write(self, problems: Sequence[Problem], first_group: int, seed: int) -> list[Response]:
+        """One response a problem; raises UserError for a problem without a solution."""
+        return [self._response(problem, first_group + i) for i, problem in enumerate(problems)]
+
+    def _response(self, problem: Problem, group: int) -> Response:
+        if not problem.solution:
+            raise UserError(
+                f"problem {problem.id} has no worked solution, which source `gold` needs; name the column with "
+                "task.columns.solution, or a writer with task.solution"
+            )
+        encoded = self.student.tokenizer(
+            problem.solution, add_special_tokens=False, return_offsets_mapping=bool(problem.untrained_spans)
+        )
+        ids: list[int] = list(encoded["input_ids"])  # type: ignore[arg-type]
+        trained = None
+        if problem.untrained_spans:
+            offsets = encoded["offset_mapping"]
+            trained = [not any(a < end and start < b for a, b in problem.untrained_spans) for start, end in offsets]  # type: ignore[union-attr]
+            trained.append(True)
+        ids.append(self.student.eos_ids[0])
+        ended = len(ids) <= self.max_tokens
+        return Response(
+            problem,
+            group,
+            encode_prompt(self.student, problem.prompt),
+            ids[: self.max_tokens],
+            "gold",
+            ended,
+            problem.solution,
+            trained=None if trained is None else trained[: self.max_tokens],
+            reward=1.0,
+            correct=True,
+        )
+
+
+class TeacherSource:
+    """What the teacher writes to each prompt, sampled once and kept in `store` for later epochs and resumed runs."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        student: LoadedModel,
+        store: Path,
+        samples: int,
+        sampling: Mapping[str, Any],
+    ) -> None:
+        self.engine, self.student, self.store = engine, student, store
+        self.samples, self.sampling = samples, sampling
+        self._written: dict[str, list[Sample]] = {}
+        self._lines: JsonLines | None = None
+
+    def rewind(self, offset: int) -> None:
+        """Go back to a store of `offset` bytes (0: empty), so that a resumed step asks for the same texts again."""
+        if self._lines is not None:
+            self._lines.close()
+        self._lines = JsonLines(self.store, offset if self.store.exists() else None)
+        self._written = _read_store(self.store)
+
+    def offset(self) -> int:
+        """Bytes of the store that are safe on disk."""
+        return 0 if self._lines is None else self._lines.offset()
+
+    def write(self, problems: Sequence[Problem], first_group: int, seed: int) -> list[Response]:
+        """`samples` responses a problem; what the store lacks is written now."""
+        missing = list({p.id: p for p in problems if p.id not in self._written}.values())
+        # One seed a batch that is missing: a resumed run finds what was stored and writes only the rest.
+        prompts = [encode_prompt(self.student, problem.prompt) for problem in missing]
+        if missing:
+            fresh = self.engine.generate(prompts, samples=self.samples, seed=seed, **self.sampling)
+            for problem, samples in zip(missing, fresh, strict=True):
+                self._keep(problem.id, samples)
+        out = []
+        for i, problem in enumerate(problems):
+            prompt = encode_prompt(self.student, problem.prompt)
+            for sample in self._written[problem.id]:
+                text = self.student.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+                out.append(
+                    Response(problem, first_group + i, prompt, sample.token_ids, "teacher", sample.ended, str(text))
+                )
+        return out
+
+    def _keep(self, problem: str, samples: list[Sample]) -> None:
+        if self._lines is None:
+            self.rewind(0)
+        assert self._lines is not None
+        self._written[problem] = samples
+        entry = [{"token_ids": s.token_ids, "ended": s.ended} for s in samples]
+        self._lines.write({"problem": problem, "samples": entry})
+
+
+def _read_store(path: Path) -> dict[str, list[Sample]]:
+    found: dict[str, list[Sample]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            found[entry["problem"]] = [Sample(s["token_ids"], [], s["ended"]) for s in entry["samples"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number} is no stored teacher text ({error}); delete the file") from None
+    return found

@@ -1,0 +1,90 @@
+"""A teacher in the same process: another model, the student with privileged context, or the student at the start.
+
+Left out: served and cached teachers, several at once, another tokenizer, offload between phases.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdrl.batch import Rollouts, lay_out, pack_rows
+from kdrl.models import LoadedModel, head_of, hidden_states
+from kdrl.objectives.head import Head, score_tokens
+from kdrl.teachers.base import Evidence, Need
+
+
+class LocalTeacher:
+    """A frozen model that reads the same token ids as the student, `budget` padded tokens at a time."""
+
+    privileged = False
+
+    def __init__(self, loaded: LoadedModel, budget: int) -> None:
+        self.loaded = loaded
+        self.budget = budget
+
+    def _mode(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    @torch.no_grad()
+    def score(self, rollouts: Rollouts, keep_N: Tensor, need: Need, temperature: float) -> Evidence:
+        """Log-probs of the kept tokens at the policy's temperature, and on request the hidden states behind them."""
+        count = int(keep_N.sum())
+        where_N = torch.full_like(rollouts.tokens_N, -1)
+        where_N[keep_N] = torch.arange(count, device=where_N.device)
+        logp_N = torch.zeros(rollouts.tokens, device=where_N.device)
+        rows = rollouts.row_N[keep_N].unique().tolist()
+        hidden_MD: Tensor | None = None
+        with self._mode():
+            head = head_of(self.loaded)
+            for pack in pack_rows(rollouts, rows, self.budget, privileged=self.privileged):
+                micro = lay_out(rollouts, pack, keep_N, self.loaded.pad_id, privileged=self.privileged)
+                with self.loaded.autocast():
+                    hidden_BLD = hidden_states(self.loaded, micro.input_ids_BL, micro.attention_mask_BL)
+                chosen_MD = hidden_BLD.flatten(0, 1)[micro.place_M]
+                targets_M = rollouts.tokens_N[micro.index_M]
+                logp = score_tokens(head, chosen_MD, targets_M, temperature=temperature).logp_N
+                logp_N[micro.index_M] = logp.to(logp_N.dtype)
+                if need == "distribution":
+                    if hidden_MD is None:
+                        hidden_MD = chosen_MD.new_empty(count, chosen_MD.shape[-1])
+                    hidden_MD[where_N[micro.index_M]] = chosen_MD
+            if need == "token":
+                return Evidence(logp_N, where_N, len(rows), temperature=temperature)
+            if hidden_MD is None:
+                hidden_MD = head.weight_VD.new_empty(0, head.weight_VD.shape[1])
+            return Evidence(logp_N, where_N, len(rows), hidden_MD, self._keep(head), temperature)
+
+    def _keep(self, head: Head) -> Head:
+        return head
+
+
+class SelfTeacher(LocalTeacher):
+    """The student as it is now, reading the prompt with privileged context (HDPO 2603.23871, OPSD 2601.18734)."""
+
+    privileged = True
+
+    def _keep(self, head: Head) -> Head:
+        # The student's own head moves with every update of the step; the evidence must not.
+        bias_V = None if head.bias_V is None else head.bias_V.detach().clone()
+        return replace(head, weight_VD=head.weight_VD.detach().clone(), bias_V=bias_V)
+
+
+class ReferenceTeacher(LocalTeacher):
+    """The student as training found it: the LoRA base with adapters off, or a frozen copy of all weights."""
+
+    def __init__(self, loaded: LoadedModel, budget: int) -> None:
+        self._adapter = loaded.model if hasattr(loaded.model, "disable_adapter") else None
+        if self._adapter is None:
+            frozen = copy.deepcopy(loaded.model)
+            loaded = copy.copy(loaded)
+            loaded.model = frozen.requires_grad_(False)
+        super().__init__(loaded, budget)
+
+    def _mode(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._adapter is None else self._adapter.disable_adapter()

@@ -1,0 +1,293 @@
+"""The one loop: write, verify, ask the teacher, update, record, save. Every method is this loop with other terms.
+
+Left out: overlap of the phases, several processes.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdrl.batch import Response, Rollouts
+from kdrl.checkpoint import Checkpoints, Loaded, flatten_optimizer, restore_optimizer
+from kdrl.metrics import balance, step_row
+from kdrl.models import LoadedModel
+from kdrl.objectives.objective import Active, Objective
+from kdrl.recipe import Recipe
+from kdrl.rollouts import Collected, Collector
+from kdrl.seeds import derive
+from kdrl.sources.text import TeacherSource
+from kdrl.teachers import Evidence, Teacher
+from kdrl.update import Scored, Tally, Updater
+from kdrl.watch import Watch
+
+
+class RunError(Exception):
+    """The run cannot go on, through no mistake in the recipe; the text says what was saved. Exit status 1."""
+
+
+class InterruptedRun(Exception):
+    """Ctrl-C: everything is saved; the text says how to go on. Exit status 130."""
+
+
+@dataclass
+class Progress:
+    """All of a run's state beside weights and optimizer: plain numbers, stored as JSON."""
+
+    step: int = 0
+    position: int = 0
+    responses: int = 0
+    teacher_calls: int = 0
+    teacher_calls_saved: int = 0
+    skipped_updates: int = 0
+    bad_in_a_row: int = 0
+
+
+@dataclass
+class Parts:
+    """The live objects of a run, as `build` makes them from a recipe."""
+
+    recipe: Recipe
+    run_dir: Path
+    student: LoadedModel
+    objective: Objective
+    collector: Collector
+    teachers: Mapping[str, Teacher]
+    reference: Teacher | None
+    updater: Updater
+    optimizer: torch.optim.Optimizer
+    checkpoints: Checkpoints
+    evaluate: Callable[[], dict[str, float]]
+    verdict_counts: Callable[[], Mapping[str, int]]
+    device: str
+    text: TeacherSource | None = None
+
+
+@dataclass
+class Phases:
+    """Seconds spent in each phase of a step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, name: str) -> Any:
+        """Time a phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Trainer:
+    """Runs a recipe's steps from wherever the last checkpoint left off."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.recipe = parts.recipe
+        self.progress = Progress()
+        self._interrupted = False
+
+    def restore(self, saved: Loaded) -> dict[str, int]:
+        """Go back to a checkpoint; returns the metric files' byte offsets at that moment."""
+        names = dict(self.parts.student.model.named_parameters())
+        with torch.no_grad():
+            for name, value in saved.tensors["student"].items():
+                names[name].copy_(value)
+        restore_optimizer(self.parts.optimizer, names, saved.tensors["optimizer"], saved.state["optimizer"])
+        self.progress = Progress(**saved.state["progress"])
+        self.parts.collector.position = self.progress.position
+        if self.parts.text is not None:
+            self.parts.text.rewind(saved.state["teacher_text"])
+        return saved.state["offsets"]
+
+    def save(self, watch: Watch, score: float | None) -> Path:
+        """Write a checkpoint of everything that the next step depends on."""
+        names = dict(self.parts.student.model.named_parameters())
+        trained = {name: p.detach() for name, p in names.items() if p.requires_grad}
+        tensors, optimizer = flatten_optimizer(self.parts.optimizer, names)
+        state = {"progress": vars(self.progress), "optimizer": optimizer, "offsets": watch.offsets()}
+        if self.parts.text is not None:
+            state["teacher_text"] = self.parts.text.offset()
+        groups = {"student": trained, "optimizer": tensors}
+        return self.parts.checkpoints.save(self.progress.step, groups, state, score=score)
+
+    def run(self, watch: Watch) -> None:
+        """All remaining steps; raises InterruptedRun after a Ctrl-C and RunError when the numbers break."""
+        every, evaluate_every = self.recipe.checkpoint.every, self.recipe.evaluate.every
+        with self._listen(watch):
+            while self.progress.step < self.recipe.steps:
+                row, responses = self._step()
+                done = self.progress.step
+                last = done == self.recipe.steps
+                score = None
+                if evaluate_every and (done % evaluate_every == 0 or last):
+                    row |= self.parts.evaluate()
+                    score = row.get("eval/accuracy")
+                watch.step(row, [_sample(r) for r in responses])
+                self._stop_if_broken()
+                if (every and done % every == 0) or last or self._interrupted:
+                    self.save(watch, score)
+                if self._interrupted and not last:
+                    raise InterruptedRun(
+                        f"stopped after step {done}; all of it is saved. Go on with: kdrl train --resume "
+                        f"{self.parts.run_dir}"
+                    )
+
+    def _stop_if_broken(self) -> None:
+        if self.progress.bad_in_a_row >= self.recipe.optimizer.stop_after_bad:
+            last = self.parts.checkpoints.latest()
+            kept = "No checkpoint was saved yet." if last is None else f"The last good checkpoint is {last.path}."
+            raise RunError(
+                f"the gradient was not finite in {self.progress.bad_in_a_row} updates in a row, up to step "
+                f"{self.progress.step}; none of them was applied. {kept} Lower optimizer.lr, or look at the rollouts."
+            )
+
+    @contextmanager
+    def _listen(self, watch: Watch) -> Any:
+        """Ctrl-C and SIGTERM end the run after the step in progress; a second one ends it at once."""
+
+        def stop(number: int, frame: Any) -> None:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            watch.note("stopping: this step is finished and saved first (once more to stop at once)")
+
+        try:
+            old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread, as in some notebooks
+            old = {}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _step(self) -> tuple[dict[str, Any], list[Response]]:
+        step, total, phases = self.progress.step, self.recipe.steps, Phases()
+        start = time.perf_counter()
+        with phases.of("rollout"):
+            collected = self.parts.collector.collect(step, lambda rollouts: self._wanted_groups(rollouts, step))
+        phases.seconds["verify"] = collected.verify_seconds
+        phases.seconds["rollout"] -= collected.verify_seconds
+        rollouts = Rollouts.of(collected.responses, self.parts.device)
+        scored = self._score(rollouts, step, phases)
+        with phases.of("update"):
+            tally, norms, balanced = self._update(scored, step)
+        self.progress.step += 1
+        self.progress.position = self.parts.collector.position
+        self.progress.responses += collected.generated + collected.privileged_tried
+        self._count_calls(scored)
+        phases.seconds["step"] = time.perf_counter() - start
+        row = step_row(self.recipe, self.progress, collected, scored, tally, norms, phases.seconds)
+        row |= {"lr": self._lr(step)} | balanced
+        row |= {
+            f"weight/{n}": w
+            for n, w in zip(self.parts.objective.names, self.parts.objective.weights(step, total), strict=True)
+        }
+        row |= {f"verifier/{k}": v for k, v in self.parts.verdict_counts().items() if k != "ok"}
+        return row, collected.responses
+
+    def _wanted_groups(self, rollouts: Rollouts, step: int) -> set[int]:
+        """Groups in which a term other than the policy gradient keeps a token (for dynamic sampling)."""
+        entropy_N = None
+        if self.parts.objective.wants_entropy_mask:
+            entropy_N = self.parts.updater.score_policy(rollouts, self.recipe.rollout.temperature)[1]
+        active = self.parts.objective.activate(rollouts, step, self.recipe.steps, entropy_N)
+        kept: set[int] = set()
+        for each in active:
+            if each.term.family != "rl":
+                kept |= set(rollouts.group_B[rollouts.row_N[each.keep_N]].tolist())
+        return kept
+
+    def _score(self, rollouts: Rollouts, step: int, phases: Phases) -> Scored:
+        temperature = self.recipe.rollout.temperature
+        several = self.recipe.optimizer.minibatches * self.recipe.optimizer.epochs > 1
+        old_N = entropy_N = None
+        if several or self.parts.objective.wants_entropy_mask:
+            with phases.of("update"):
+                old_N, entropy_N = self.parts.updater.score_policy(rollouts, temperature)
+        active = self.parts.objective.activate(rollouts, step, self.recipe.steps, entropy_N)
+        with phases.of("teacher"):
+            evidence = {name: self._ask(name, rollouts, active) for name in {a.teacher for a in active} if name}
+            reference = None
+            if self.parts.reference is not None:
+                keep_N = torch.stack(
+                    [a.keep_N for a in active if a.term.needs.reference] or [rollouts.trained_N & False]
+                )
+                reference = self.parts.reference.score(rollouts, keep_N.any(0), "token", temperature)
+        sampled_N = _sampled(rollouts) if self.recipe.rollout.temperature else None
+        return Scored(rollouts, active, evidence, reference, old_N if several else None, sampled_N, temperature)
+
+    def _ask(self, name: str, rollouts: Rollouts, active: list[Active]) -> Evidence:
+        asking = [a for a in active if a.teacher == name]
+        need = "distribution" if any(a.term.needs.teacher == "distribution" for a in asking) else "token"
+        keep_N = torch.stack([a.keep_N for a in asking]).any(0)
+        return self.parts.teachers[name].score(rollouts, keep_N, need, self.recipe.rollout.temperature)
+
+    def _count_calls(self, scored: Scored) -> None:
+        """Responses that the teacher was asked about, and those that a mask kept from it."""
+        calls = sum(e.calls for e in scored.evidence.values())
+        rows = [set(scored.rollouts.row_N[a.eligible_N].tolist()) for a in scored.active if a.teacher]
+        eligible = len(set().union(*rows)) if rows else 0
+        self.progress.teacher_calls += calls
+        self.progress.teacher_calls_saved += max(0, eligible - calls)
+
+    def _lr(self, step: int) -> float:
+        config = self.recipe.optimizer
+        rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+        return rise * config.lr(step, self.recipe.steps)
+
+    def _update(self, scored: Scored, step: int) -> tuple[Tally, list[float], dict[str, float]]:
+        config, updater = self.recipe.optimizer, self.parts.updater
+        for group in self.parts.optimizer.param_groups:
+            group["lr"] = self._lr(step)
+        tally, norms, balanced = Tally(), [], {}
+        every = self.recipe.log.gradients_every
+        for epoch in range(config.epochs):
+            for rows in self._minibatches(scored.rollouts.rows, step, epoch):
+                first = not norms
+                if first and every and (step % every == 0):
+                    balanced = balance(updater, scored, rows)
+                updater.accumulate(scored, rows, tally if epoch == 0 else None)
+                norm, applied = updater.step(self.parts.optimizer, config.clip)
+                norms.append(norm)
+                self.progress.bad_in_a_row = 0 if applied else self.progress.bad_in_a_row + 1
+                self.progress.skipped_updates += not applied
+        return tally, norms, balanced
+
+    def _minibatches(self, rows: int, step: int, epoch: int) -> list[list[int]]:
+        count = min(self.recipe.optimizer.minibatches, rows)
+        if count <= 1:
+            return [list(range(rows))]
+        generator = torch.Generator().manual_seed(derive(self.recipe.seed, "minibatch", step, epoch))
+        order = torch.randperm(rows, generator=generator).tolist()
+        return [sorted(order[i::count]) for i in range(count)]
+
+
+def _sampled(rollouts: Rollouts) -> torch.Tensor:
+    """Log-probs that the engine sampled at, NaN for text that no engine wrote, `[N]`."""
+    values = [x for r in rollouts.responses for x in (r.logp or [math.nan] * len(r.token_ids))]
+    return torch.tensor(values, device=rollouts.tokens_N.device)
+
+
+def _sample(response: Response) -> dict[str, Any]:
+    return {
+        "prompt": response.problem.prompt,
+        "response": response.text,
+        "reward": response.reward,
+        "correct": response.correct,
+        "origin": response.origin,
+        "tokens": len(response.token_ids),
+        "truncated": not response.ended,
+        "answer": response.problem.answer,
+    }
+
+
+__all__ = ["Collected", "InterruptedRun", "Parts", "Progress", "RunError", "Trainer"]

@@ -1,0 +1,191 @@
+"""One optimizer step on a set of responses: micro-batches, the summed loss of all terms, clipping, bad numbers.
+
+Token weights are fixed over the global batch before the first micro-batch, so how it is split changes nothing.
+Left out: packing without padding, several processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from kdrl.batch import MicroBatch, Rollouts, lay_out, pack_rows
+from kdrl.models import LoadedModel, head_of, hidden_states
+from kdrl.objectives.head import score_tokens
+from kdrl.objectives.objective import Active, reduction, weighted_loss
+from kdrl.objectives.terms import PolicyGradient, TokenView
+from kdrl.teachers import Evidence
+
+
+@dataclass
+class Tally:
+    """Sums over an update's tokens, for the metrics."""
+
+    loss: dict[str, float] = field(default_factory=dict)
+    entropy: float = 0.0
+    held: float = 0.0
+    policy_tokens: int = 0
+    mismatch: float = 0.0
+    student_tokens: int = 0
+    tokens: int = 0
+
+    def add_loss(self, name: str, value: float) -> None:
+        """Add one micro-batch's share of a term's reduced loss."""
+        self.loss[name] = self.loss.get(name, 0.0) + value
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Everything about a step's rollouts that its updates need."""
+
+    rollouts: Rollouts
+    active: Sequence[Active]
+    evidence: Mapping[str, Evidence]
+    reference: Evidence | None
+    old_N: Tensor | None
+    sampled_N: Tensor | None
+    temperature: float
+
+
+class Updater:
+    """Accumulates gradients of the objective on the student, `budget` padded tokens at a time."""
+
+    def __init__(self, student: LoadedModel, budget: int) -> None:
+        self.student = student
+        self.budget = budget
+        self.parameters: list[Parameter] = [p for p in student.model.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def score_policy(self, rollouts: Rollouts, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of all trained tokens under the present policy, both `[N]`."""
+        logp_N = torch.zeros(rollouts.tokens, device=rollouts.tokens_N.device)
+        entropy_N = torch.zeros_like(logp_N)
+        head = head_of(self.student)
+        for pack in pack_rows(rollouts, range(rollouts.rows), self.budget):
+            micro = lay_out(rollouts, pack, rollouts.trained_N, self.student.pad_id)
+            scores = score_tokens(
+                head,
+                self._hidden(micro),
+                rollouts.tokens_N[micro.index_M],
+                temperature=temperature,
+                entropy=True,
+            )
+            assert scores.entropy_N is not None
+            logp_N[micro.index_M] = scores.logp_N.to(logp_N.dtype)
+            entropy_N[micro.index_M] = scores.entropy_N.to(logp_N.dtype)
+        return logp_N, entropy_N
+
+    def _hidden(self, micro: MicroBatch) -> Tensor:
+        with self.student.autocast():
+            hidden_BLD = hidden_states(self.student, micro.input_ids_BL, micro.attention_mask_BL)
+        return hidden_BLD.flatten(0, 1)[micro.place_M]
+
+    def accumulate(self, scored: Scored, rows: Sequence[int], tally: Tally | None = None) -> None:
+        """Add the gradient of the objective on `rows`, one optimizer step's responses, to the student's."""
+        rollouts = scored.rollouts
+        weights = [reduction(active, rollouts, rows) for active in scored.active]
+        wanted_N = torch.zeros(rollouts.tokens, dtype=torch.bool, device=rollouts.tokens_N.device)
+        for active in scored.active:
+            wanted_N |= active.wanted_N(rollouts.row_N, rollouts.rows)
+        useful = set(rollouts.row_N[wanted_N].tolist())
+        for pack in pack_rows(rollouts, [row for row in rows if row in useful], self.budget):
+            micro = lay_out(rollouts, pack, wanted_N, self.student.pad_id)
+            loss = self._loss(scored, micro, weights, tally)
+            if loss.requires_grad:
+                loss.backward()
+
+    def _loss(self, scored: Scored, micro: MicroBatch, weights: list[Tensor], tally: Tally | None) -> Tensor:
+        compared = [a for a in scored.active if a.term.needs.teacher == "distribution"]
+        targets_M = scored.rollouts.tokens_N[micro.index_M]
+        scores = score_tokens(
+            head_of(self.student),
+            self._hidden(micro),
+            targets_M,
+            temperature=scored.temperature,
+            entropy=True,
+            comparisons=[scored.evidence[a.teacher or ""].comparison(a.term, micro.index_M) for a in compared],
+        )
+        divergences = {a.name: loss_M for a, loss_M in zip(compared, scores.losses_N, strict=True)}
+        total = scores.logp_N.new_zeros(())
+        for active, weight_N in zip(scored.active, weights, strict=True):
+            view = _view(scored, active, micro, scores.logp_N, scores.entropy_N, divergences.get(active.name))
+            term_loss = weighted_loss(active, view, weight_N[micro.index_M])
+            total = total + active.weight * term_loss
+            if tally is not None:
+                tally.add_loss(active.name, float(term_loss.detach()))
+                _tally_policy(tally, active, view)
+        if tally is not None:
+            _tally_tokens(tally, scored, micro, scores.logp_N, scores.entropy_N)
+        return total
+
+    def gradients(self) -> list[Tensor | None]:
+        """Copies of the accumulated gradients."""
+        return [None if p.grad is None else p.grad.detach().clone() for p in self.parameters]
+
+    def clear(self) -> None:
+        """Forget the accumulated gradients."""
+        for p in self.parameters:
+            p.grad = None
+
+    def step(self, optimizer: torch.optim.Optimizer, clip: float | None) -> tuple[float, bool]:
+        """Clip and apply the gradients; returns their norm and whether they were applied (they must be finite)."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if clip is None else clip)
+        value = float(norm)
+        applied = math.isfinite(value)
+        if applied:
+            optimizer.step()
+        self.clear()
+        return value, applied
+
+
+def _view(
+    scored: Scored,
+    active: Active,
+    micro: MicroBatch,
+    logq_M: Tensor,
+    entropy_M: Tensor | None,
+    divergence_M: Tensor | None,
+) -> TokenView:
+    rollouts, index_M = scored.rollouts, micro.index_M
+    row_M = rollouts.row_N[index_M]
+    teacher = scored.evidence.get(active.teacher or "")
+    return TokenView(
+        logq_N=logq_M,
+        row_N=micro.row_M,
+        rows=len(micro.rows),
+        last_N=rollouts.last_N[index_M],
+        keep_N=active.keep_N[index_M],
+        reward_N=rollouts.reward_B[row_M],
+        correct_N=rollouts.correct_B[row_M],
+        advantage_N=None if active.advantage_B is None else active.advantage_B[row_M],
+        old_N=None if scored.old_N is None else scored.old_N[index_M],
+        teacher_N=None if teacher is None else teacher.logp_N[index_M],
+        reference_N=None if scored.reference is None else scored.reference.logp_N[index_M],
+        divergence_N=divergence_M,
+        entropy_N=entropy_M,
+    )
+
+
+@torch.no_grad()
+def _tally_policy(tally: Tally, active: Active, view: TokenView) -> None:
+    if isinstance(active.term, PolicyGradient):
+        held_M = active.term.clipped(view)[1] & view.keep_N
+        tally.held += float(held_M.sum())
+        tally.policy_tokens += int(view.keep_N.sum())
+
+
+@torch.no_grad()
+def _tally_tokens(tally: Tally, scored: Scored, micro: MicroBatch, logq_M: Tensor, entropy_M: Tensor | None) -> None:
+    tally.tokens += len(micro.index_M)
+    assert entropy_M is not None
+    tally.entropy += float(entropy_M.sum())
+    if scored.sampled_N is not None:
+        sampled_M = scored.sampled_N[micro.index_M]
+        known_M = ~sampled_M.isnan()
+        tally.mismatch += float((logq_M - sampled_M)[known_M].abs().sum())
+        tally.student_tokens += int(known_M.sum())
