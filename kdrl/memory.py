@@ -25,7 +25,7 @@ from kdrl.objectives.head import CHUNK_ELEMENTS
 # Interpreter, torch and transformers on the CPU; driver context and cuBLAS workspace on a GPU. Measured, in bytes.
 _LIBRARIES = {"cpu": 360 << 20, "cuda": 800 << 20}
 # On the CPU, glibc's heap keeps about half as much again as the activations need. Measured on 1M and 20M parameters;
-# with MALLOC_MMAP_THRESHOLD_=65536 in the environment it keeps none, and the rest of the plan is within 6 % of the peak.
+# with MALLOC_MMAP_THRESHOLD_=65536 in the environment it keeps none, and the rest of the plan is within 6 %.
 _HEAP_SLACK = 0.5
 # Float32 arrays of one logits chunk alive at once: logits, log-probs, their gradients, the teacher's, one to work in.
 _CHUNK_ARRAYS = 6
