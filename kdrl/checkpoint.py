@@ -46,9 +46,9 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class CheckpointConfig(Config):
     """When to save and what to keep."""
 
-    every: int = Field(50, ge=0)
+    every: int = Field(default=50, ge=0)
     """Save after every n optimizer steps; 0 saves only at the end and on Ctrl-C."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """Keep the newest n checkpoints; older ones are removed once a newer one is whole."""
     keep_best: bool = True
     """Keep also the checkpoint with the best development score, however old (needs `evaluate.every` > 0)."""

@@ -270,7 +270,7 @@ class Writer:
         )
 
     def kill_after(self, run: Path, step: int, seconds: float) -> int:
-        """Let a child save from `step` on and kill it `seconds` after its first save; the last step it said is saved."""
+        """Let a child save from `step` on and kill it `seconds` after a save; the last step it said is saved."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(f"{run} {step}\n")
@@ -314,7 +314,7 @@ def test_kill_9_at_any_moment_of_a_save(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_every_system_call_of_a_save_can_be_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process dies before its 1st, 2nd, ... change of the disk and cleans nothing up; then resume and save again."""
+    """The process dies before its 1st, 2nd, ... change of the disk and cleans nothing up; then resume and save."""
 
     class DeadError(BaseException):
         pass

@@ -79,7 +79,7 @@ def test_a_failed_install_is_tried_again(tmp_path: Path) -> None:
     python = shop.folder / ".venv" / "bin" / "python"
     working = python.read_text()
     os.utime(shop.folder / "pyproject.toml", (2**32, 2**32))
-    python.write_text('#!/bin/sh\ncase "$*" in *version*) exit 0 ;; esac\nexit 3\n')
+    python.write_text('#!/bin/sh\ncase "$*" in *--version*|*version_info*) exit 0 ;; esac\nexit 3\n')
     assert shop.make("install").returncode != 0
     python.write_text(working)
     shop.installs()
