@@ -33,7 +33,7 @@ class _Process(SpawnProcess):
     """
 
     @staticmethod
-    def _Popen(process_obj: Any) -> Any:  # noqa: N802  (the name that multiprocessing calls)
+    def _Popen(process_obj: Any) -> Any:
         with _launching:
             main = sys.modules["__main__"]
             sys.modules["__main__"] = ModuleType("__main__")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +21,8 @@ from kdrl.tasks.streams import Drawn, EpochStream, GeneratedStream, PromptLimit,
 
 WINDOW = 1024
 """Positions of the training stream that share one seed and repeat no text; a resume redraws at most so many."""
-_SIZE = 1_000_000
+_SIZE = 500
+"""Items of one data set, reasoning-gym's default: some tasks make all of them at once, or refuse larger sizes."""
 
 
 def check_settings(dataset: str, settings: Mapping[str, Any]) -> None:
@@ -68,7 +71,10 @@ def scoring_dataset(dataset: str, settings: Mapping[str, Any]) -> Any:
 
 def score(response: str, problem: Problem, *, dataset: str, settings: Mapping[str, Any]) -> bool:
     """Whether the task itself gives the full score; its partial credit for near misses counts as wrong."""
-    return scoring_dataset(dataset, settings).score_answer(answer=response, entry=problem.meta["item"]) == 1
+    scorer = scoring_dataset(dataset, settings)
+    # Some tasks print while they score (bf runs the program), which is no fault of the response.
+    with redirect_stdout(io.StringIO()):
+        return scorer.score_answer(answer=response, entry=problem.meta["item"]) == 1
 
 
 class ReasoningGymTask:
@@ -105,7 +111,7 @@ class ReasoningGymTask:
 
     def _draws(self, split: str, window: int) -> Drawn:
         seed = self.seed if split == "train" else self.config.held_out_seed
-        return _Draws(self, derive(seed, "problems", split, window) % 2**31)
+        return _Draws(self, derive(seed, "problems", split, window))
 
 
 class _Draws:
@@ -113,10 +119,18 @@ class _Draws:
 
     def __init__(self, task: ReasoningGymTask, seed: int) -> None:
         self.config, self.holdout = task.config, task.holdout
-        self.dataset = make_dataset(str(task.config.dataset), task.config.settings, seed)
+        self.seed, self.block, self.dataset = seed, -1, None
+
+    def _item(self, index: int) -> Mapping[str, Any]:
+        block, place = divmod(index, _SIZE)
+        with redirect_stdout(io.StringIO()):
+            if self.dataset is None or self.block != block:
+                seed = derive(self.seed, "block", block) % 2**31
+                self.block, self.dataset = block, make_dataset(str(self.config.dataset), self.config.settings, seed)
+            return self.dataset[place]
 
     def __call__(self, index: int) -> tuple[str, bytes, Problem]:
-        item = self.dataset[index % _SIZE]
+        item = self._item(index)
         fields = {**(item.get("metadata") or {}), "question": item["question"]}
         shown = render(self.config, item["question"], fields, f"a problem of {self.config.dataset}")
         split = split_of(shown.split_key, self.holdout.development, self.holdout.test)

@@ -42,16 +42,11 @@ WRITERS: Registry[Callable[..., Solution | str]] = Registry("solution writer")
 register_solution = WRITERS.add
 
 
-def _plain_items(problem: Problem) -> Item:
-    """What a writer sees: the task's item (`question`, `answer`, `metadata`), or the data row."""
-    return problem.meta.get("item") or {**problem.meta, "answer": problem.answer}
-
-
 class Solver:
     """Adds worked solutions to problems as the recipe says; raises UserError for an unknown or unfit writer."""
 
     def __init__(self, config: TaskConfig, seed: int) -> None:
-        self._share, self._seed = config.corrupt, seed
+        self._share, self._seed, self._generated = config.corrupt, seed, config.kind == "reasoning_gym"
         self._writer: Callable[..., Solution | str] | None = None
         if config.solution is None:
             return
@@ -76,9 +71,11 @@ class Solver:
     def _solve(self, problem: Problem, mistake: random.Random | None) -> Problem:
         if self._writer is None:
             return problem
+        # A writer sees the generator's item (question, answer, metadata), or the columns of a data row.
+        item = problem.meta["item"] if self._generated else {**problem.meta, "answer": problem.answer}
         options = {"corrupt": mistake} if mistake is not None else {}
         try:
-            written = self._writer(_plain_items(problem), **options)
+            written = self._writer(item, **options)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(
                 f"the solution writer {self._name!r} does not fit this task ({type(error).__name__}: {error})."
