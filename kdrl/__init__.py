@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdrl.run import train
     from kdrl.evaluate import evaluate
     from kdrl.objectives.api import divergence
     from kdrl.objectives.masks import register_mask
     from kdrl.objectives.schedules import register_schedule
     from kdrl.objectives.terms import register_term
     from kdrl.recipe import load_recipe
+    from kdrl.run import train
     from kdrl.tasks import Problem, register_task
     from kdrl.tasks.verifiers import register_verifier
 

@@ -13,7 +13,7 @@ from kdrl.checkpoint import Checkpoints
 from kdrl.checks import build_objective, needs_rewards, teacher_terms
 from kdrl.engines import TorchEngine
 from kdrl.errors import UserError
-from kdrl.evaluate import EvaluateConfig, EvaluationResult, evaluate_loaded
+from kdrl.evaluate import EvaluateConfig, EvaluationResult, evaluate_loaded, pick_problems
 from kdrl.models import LoadedModel, encode_prompt, load_model
 from kdrl.pairing import check_lengths, check_pairing
 from kdrl.recipe import Recipe
@@ -59,10 +59,10 @@ class Builder:
         recipe = self.recipe
         if recipe.teacher is None:
             return None
-        if not teacher_terms(self.objective) and "teacher" not in recipe.source.origins:
-            if not recipe.evaluate.baselines:
-                self.notes.append("the teacher is not loaded: no term asks it and it writes nothing")
-                return None
+        asked = teacher_terms(self.objective) or "teacher" in recipe.source.origins or recipe.evaluate.baselines
+        if not asked:
+            self.notes.append("the teacher is not loaded: no term asks it and it writes nothing")
+            return None
         teacher = load_model(recipe.teacher, self.device, trainable=False, seed=recipe.seed)
         self.notes += check_pairing(self.student, teacher)
         return teacher
@@ -139,13 +139,15 @@ class Builder:
 
     def evaluate_model(self, loaded: LoadedModel, config: EvaluateConfig) -> EvaluationResult:
         """Responses of a model on a split's first problems, scored by the run's verifiers."""
-        problems = take(self.task.problems(config.split), config.problems)
+        problems = pick_problems(self.task, config)
         engine = TorchEngine(loaded, self.recipe.rollout.rows, filtered_ok=True)
         limit = self.recipe.rollout.max_new_tokens
         # One seed for every run: evaluations of different runs must differ by the model alone.
-        return evaluate_loaded(engine, loaded, problems, self.pool, config, 0, max_new_tokens=limit)
+        return evaluate_loaded(
+            engine, loaded, problems, self.pool, config, 0, max_new_tokens=limit, stop=self.recipe.rollout.stop
+        )
 
-    def development(self) -> dict[str, float]:
+    def development(self) -> dict[str, float | None]:
         """The evaluation of a training run, as metrics."""
         result = self.evaluate_model(self.student, self.recipe.evaluate)
         return {f"eval/{key}": value for key, value in result.headline().items()}

@@ -92,9 +92,10 @@ def _check_term(recipe: Recipe, name: str, term: Term) -> None:
         if config.advantage.baseline == "none" and config.advantage.scale == "group_std" and recipe.rollout.group < 2:
             raise UserError("a group of one response has no standard deviation; set rollout.group to 2 or more.")
     sampled = isinstance(term, Distill) and config.support.kind == "token"
-    if (sampled or term.needs.reference) and read - {"student"}:
+    foreign = ", ".join(sorted(read - {"student"}))
+    if (sampled or term.needs.reference) and foreign:
         raise UserError(
-            f"objective.{name} estimates a KL from the student's own samples; on {', '.join(sorted(read - {'student'}))} "
+            f"objective.{name} estimates a KL from the student's own samples; on {foreign} "
             "text that is not its gradient. Set on: [student], or support: full."
         )
     if isinstance(term, Distill) and config.teacher == "self" and recipe.source.kind != "privileged":

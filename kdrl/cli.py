@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from kdrl.errors import UserError
 
@@ -28,7 +29,7 @@ def _say(text: Any) -> None:
     console.print(text, markup=False)
 
 
-class _TrainCommand(typer.core.TyperCommand):
+class _TrainCommand(TyperCommand):
     """`kdrl train --help` goes on with every recipe key, its default and its documentation."""
 
     def get_help(self, ctx: Any) -> str:
@@ -82,6 +83,56 @@ def _dry_run(recipe: Path, overrides: list[str]) -> None:
     plan = memory_plan(resolved)
     console.print(plan.table())
     console.print(plan.verdict, markup=False)
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.")],
+    task: Annotated[Path, typer.Option(help="Recipe whose task and prompts are used.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write result and every response here.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Second model, or an earlier --json file: paired bootstrap of the difference.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="train, development or test. Default: test.")] = None,
+    problems: Annotated[int | None, typer.Option(help="How many problems of the split.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Responses per problem.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus; 1 keeps all.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Likeliest k tokens; 0 keeps all.")] = None,
+    k: Annotated[list[int] | None, typer.Option("--k", help="Report pass@k and majority@k; repeatable.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of a response.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Evaluate a model on a recipe's held-out problems: avg@n, pass@k, majority@k, tokens, truncation."""
+    from kdrl.evaluate import EvaluationResult, compare, evaluate, results_table
+
+    given = {
+        "split": split,
+        "problems": problems,
+        "samples": samples,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "k": k or None,
+        "max_new_tokens": max_new_tokens,
+    }
+    if json_file is not None and not json_file.parent.is_dir():
+        raise UserError(f"--json {json_file}: there is no folder {json_file.parent}.")
+
+    def run(name: str) -> EvaluationResult:
+        return evaluate(name, task, device=device, seed=seed, **given)
+
+    results = [run(model)]
+    if against is not None:
+        earlier = Path(against)
+        results.append(EvaluationResult.load(earlier) if earlier.suffix == ".json" else run(against))
+    console.print(results_table(results))
+    if len(results) == 2:
+        _say(compare(results[0], results[1]).sentence())
+    if json_file is not None:
+        results[0].save(json_file)
+        _say(f"json: {json_file}")
 
 
 @app.command()
@@ -141,6 +192,6 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("stopped at once; the last checkpoint is whole. Go on with: kdrl train --resume RUN", 1)
     except Exception as error:
-        if type(error).__name__ in ("RunError", "InterruptedRun"):
+        if type(error).__name__ in ("RunError", "InterruptedRunError"):
             _fail(str(error), 1)
         raise

@@ -9,9 +9,9 @@ from kdrl.checks import build_objective
 from kdrl.errors import UserError
 from kdrl.memory import MemoryPlan, plan
 from kdrl.model_shape import ModelShape, adapter_parameters
-from kdrl.models.sources import explain, find_origin
 from kdrl.models.config import NewModel, NewTokenizer, TeacherModelConfig
 from kdrl.models.scratch import character_tokenizer, new_model_config
+from kdrl.models.sources import explain, find_origin
 from kdrl.recipe import Recipe
 
 _BYTES = {"float32": 4, "bfloat16": 2}

@@ -76,25 +76,25 @@ def plain(config: Config) -> dict[str, Any]:
 class RolloutConfig(Config):
     """How responses are written."""
 
-    prompts: int = Field(16, ge=1)
+    prompts: int = Field(default=16, ge=1)
     """Problems per step."""
-    group: int = Field(8, ge=1)
+    group: int = Field(default=8, ge=1)
     """Responses per problem."""
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1)
     """Length limit of a response in tokens; a longer one is cut and counts as truncated."""
-    temperature: float = Field(1.0, gt=0.0)
+    temperature: float = Field(default=1.0, gt=0.0)
     """Temperature of the policy: it samples, is scored and is compared with the teacher at this one temperature."""
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Nucleus sampling; below 1 the samples are not the policy's own, so `filtered` must ask for it by name."""
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(default=0, ge=0)
     """Sample among the k likeliest tokens (0: all); like top_p it needs `filtered`."""
     filtered: bool = False
     """Allow top_p and top_k in training although importance ratios and KL estimates are then biased."""
     stop: tuple[str, ...] = ()
     """Strings that end a response."""
-    rows: int = Field(256, ge=1)
+    rows: int = Field(default=256, ge=1)
     """Responses decoded at once."""
-    dynamic_sampling: int = Field(0, ge=0)
+    dynamic_sampling: int = Field(default=0, ge=0)
     """Extra rounds of sampling to replace groups of equal rewards (DAPO, 2503.14476); 0 switches it off."""
 
 
@@ -103,23 +103,23 @@ class OptimizerConfig(Config):
 
     lr: ScheduleField = Field(default_factory=lambda: Schedule(1.0e-6))
     """Learning rate: a number or a schedule such as {cosine: {from: 1e-4, to: 0}}."""
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
-    eps: float = Field(1.0e-8, gt=0.0)
+    eps: float = Field(default=1.0e-8, gt=0.0)
     """AdamW's denominator offset."""
-    weight_decay: float = Field(0.0, ge=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
     """Decoupled weight decay, on matrices only (not on norms and biases)."""
-    clip: float | None = Field(1.0, gt=0.0)
+    clip: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient; null for no clipping."""
-    minibatches: int = Field(1, ge=1)
+    minibatches: int = Field(default=1, ge=1)
     """Optimizer steps per batch of rollouts; more than one uses old log-probs and importance ratios."""
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     """Passes over each batch of rollouts."""
-    micro_batch_tokens: int = Field(16384, ge=1)
+    micro_batch_tokens: int = Field(default=16384, ge=1)
     """Padded tokens per forward pass; changes memory and speed, never the result."""
-    stop_after_bad: int = Field(5, ge=1)
+    stop_after_bad: int = Field(default=5, ge=1)
     """Stop after this many updates in a row whose gradient was not finite; each is skipped and counted."""
 
 
@@ -132,7 +132,7 @@ class Recipe(Config):
     """Terms that are minimised together; replaces the list that `method` stands for."""
     source: SourceConfig = SourceConfig()
     """Who writes the responses: student, gold, teacher, {mixture: share}, {privileged: {template: ...}}."""
-    steps: int = Field(100, ge=0)
+    steps: int = Field(default=100, ge=0)
     """Training steps, each with its own rollouts."""
     seed: int = 0
     """Everything random follows from it."""

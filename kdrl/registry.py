@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from kdrl.errors import UserError, nearest
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 
 class Registry(Generic[T]):
@@ -18,17 +19,17 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
         self._homes: dict[str, str] = {}
 
-    def add(self, name: str, of: object | None = None) -> Callable[[T], T]:
+    def add(self, name: str, of: object | None = None) -> Callable[[S], S]:
         """Decorator that registers under `name`; one's own entry can be replaced, a built-in one raises UserError.
 
         `of` is the user's function where the thing registered is a wrapper around it.
         """
 
-        def register(thing: T) -> T:
+        def register(thing: S) -> S:
             home = getattr(thing if of is None else of, "__module__", "")
             if self._homes.get(name, "").split(".")[0] == "kdrl" and home != self._homes[name]:
                 raise UserError(f"{self.kind} {name!r} is built in; choose another name.")
-            self._entries[name], self._homes[name] = thing, home
+            self._entries[name], self._homes[name] = cast(T, thing), home
             return thing
 
         return register

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from kdrl.build import Builder, resolve_device
-from kdrl.checkpoint import Checkpoints
 from kdrl.environment import write_environment
 from kdrl.errors import UserError
 from kdrl.evaluate import EvaluationResult
@@ -52,7 +51,8 @@ def train(
 ) -> RunResult:
     """Train by a recipe (a Recipe, a YAML path or a mapping) into a new folder `output` (default: under runs/).
 
-    Raises UserError for a mistake in recipe, data or models, RunError when the numbers break, InterruptedRun on Ctrl-C.
+    Raises UserError for a mistake in recipe, data or models, RunError when the numbers break, InterruptedRunError after
+    a Ctrl-C.
     """
     if isinstance(recipe, Recipe):
         if overrides:

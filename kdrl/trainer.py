@@ -34,8 +34,8 @@ class RunError(Exception):
     """The run cannot go on, through no mistake in the recipe; the text says what was saved. Exit status 1."""
 
 
-class InterruptedRun(Exception):
-    """Ctrl-C: everything is saved; the text says how to go on. Exit status 130."""
+class InterruptedRunError(Exception):
+    """Ctrl-C: everything is saved; the text says how to go on. Exit status 1."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Parts:
     updater: Updater
     optimizer: torch.optim.Optimizer
     checkpoints: Checkpoints
-    evaluate: Callable[[], dict[str, float]]
+    evaluate: Callable[[], Mapping[str, float | None]]
     verdict_counts: Callable[[], Mapping[str, int]]
     device: str
     text: TeacherSource | None = None
@@ -119,7 +119,7 @@ class Trainer:
         return self.parts.checkpoints.save(self.progress.step, groups, state, score=score)
 
     def run(self, watch: Watch) -> None:
-        """All remaining steps; raises InterruptedRun after a Ctrl-C and RunError when the numbers break."""
+        """All remaining steps; raises InterruptedRunError after a Ctrl-C and RunError when the numbers break."""
         every, evaluate_every = self.recipe.checkpoint.every, self.recipe.evaluate.every
         with self._listen(watch):
             while self.progress.step < self.recipe.steps:
@@ -135,7 +135,7 @@ class Trainer:
                 if (every and done % every == 0) or last or self._interrupted:
                     self.save(watch, score)
                 if self._interrupted and not last:
-                    raise InterruptedRun(
+                    raise InterruptedRunError(
                         f"stopped after step {done}; all of it is saved. Go on with: kdrl train --resume "
                         f"{self.parts.run_dir}"
                     )
@@ -290,4 +290,4 @@ def _sample(response: Response) -> dict[str, Any]:
     }
 
 
-__all__ = ["Collected", "InterruptedRun", "Parts", "Progress", "RunError", "Trainer"]
+__all__ = ["Collected", "InterruptedRunError", "Parts", "Progress", "RunError", "Trainer"]

@@ -1,4 +1,4 @@
-"""Each published method as data: a name, a citation, a formula and the recipe it stands for. No code path of its own."""
+"""Each published method as data: a name, a citation, a formula and the recipe it stands for; no code path."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def get_method(name: str) -> Method:
     """The method called `name`; raises UserError with the nearest right name."""
     methods = all_methods()
     if name not in methods:
-        raise UserError(f"no method is called {name!r}{nearest(name, methods)}. `kdrl methods` lists them.")
+        raise UserError(f"`kdrl methods` lists the methods; none is called {name!r}{nearest(name, methods)}")
     return methods[name]
 
 

@@ -31,11 +31,11 @@ class NewModel(Config):
     """Number of transformer blocks."""
     heads: int = Field(ge=1)
     """Number of attention heads."""
-    kv_heads: int | None = Field(None, ge=1)
+    kv_heads: int | None = Field(default=None, ge=1)
     """Number of key-value heads (grouped-query attention); default: as many as heads."""
-    head_dim: int | None = Field(None, ge=1)
+    head_dim: int | None = Field(default=None, ge=1)
     """Width of one head; default: hidden_size / heads."""
-    intermediate_size: int | None = Field(None, ge=1)
+    intermediate_size: int | None = Field(default=None, ge=1)
     """Inner width of the feed-forward blocks; default: 4 x hidden_size."""
     max_positions: int = Field(1024, ge=1)
     """Longest sequence in tokens, prompt and response together."""

@@ -13,7 +13,7 @@ from kdrl.batch import Rollouts
 from kdrl.objectives.masks import MaskContext, evaluate_mask, mask_names
 from kdrl.objectives.policy import advantages
 from kdrl.objectives.reduce import token_weights
-from kdrl.objectives.terms import Distill, PolicyGradient, SequenceAnchor, Term, TokenView
+from kdrl.objectives.terms import Distill, PolicyGradient, Term, TokenView
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,3 @@ def weighted_loss(active: Active, view: TokenView, weight_M: Tensor) -> Tensor:
     """
     loss_M = active.term.loss(view)
     return torch.where(weight_M > 0, loss_M * weight_M, 0.0).sum()
-
-
-def is_anchored(term: Term[Any]) -> bool:
-    """Whether the policy gradient's ratio is anchored to the teacher (TRRD)."""
-    return isinstance(term, PolicyGradient) and isinstance(term.config.ratio, SequenceAnchor)

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
-from pydantic import Field, PlainSerializer, PlainValidator, create_model, field_validator, model_serializer, model_validator
+from pydantic import (
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    create_model,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor
 
 from kdrl.config import Config
@@ -116,7 +124,7 @@ class Term(Generic[ConfigT]):
 TERMS: Registry[type[Term[Any]]] = Registry("objective term")
 
 
-class SequenceAnchor(Config):
+class TeacherAnchor(Config):
     """The teacher in the trust region: a ratio against pi_old^alpha p_teacher^(1-alpha) (TRRD, 2602.22495)."""
 
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
@@ -130,7 +138,7 @@ class PolicyGradientConfig(TermConfig):
 
     advantage: Advantage = Advantage()
     """grpo, dr_grpo, rloo, reinforce, batch_std, or {baseline, scale}."""
-    ratio: Literal["token", "sequence", "none"] | SequenceAnchor = "token"
+    ratio: Literal["token", "sequence", "none"] | TeacherAnchor = "token"
     """Importance ratio per token, per sequence (GSPO, 2507.18071), none, or {alpha: ...} for the TRRD anchor."""
     clip: Clip = Clip()
     """Symmetric {low: .2, high: .2}, clip-higher {high: .28}, {dual: 3}, {kind: cispo, cap: 5}, or {kind: none}."""
@@ -145,7 +153,7 @@ class PolicyGradient(Term[PolicyGradientConfig]):
     @property
     def needs(self) -> Needs:
         """Rewards, and teacher log-probs of the sampled tokens under a TRRD anchor."""
-        anchored = isinstance(self.config.ratio, SequenceAnchor)
+        anchored = isinstance(self.config.ratio, TeacherAnchor)
         return Needs(teacher="token" if anchored else None, rewards=True)
 
     def log_ratio(self, view: TokenView) -> Tensor:
@@ -155,7 +163,7 @@ class PolicyGradient(Term[PolicyGradientConfig]):
         ratio = self.config.ratio
         if ratio == "sequence":
             return sequence_mean(plain_N, view.row_N, view.rows)
-        if isinstance(ratio, SequenceAnchor):
+        if isinstance(ratio, TeacherAnchor):
             assert view.teacher_N is not None
             gap_N = view.logq_N - view.teacher_N
             gap_N = gap_N if ratio.clamp is None else gap_N.clamp(-ratio.clamp, ratio.clamp)
@@ -200,7 +208,6 @@ class DistillConfig(TermConfig):
                 f"clamp bounds a sampled-token ratio: it belongs to support {{token: ...}}, not to {self.support.kind}"
             )
         return self
-
 
     @model_serializer(mode="wrap")
     def _write(self, handler: Any) -> dict[str, Any]:

@@ -39,10 +39,14 @@ class StudentSource:
 
 def privileged_prompt(problem: Problem, template: str) -> Any:
     """The problem's prompt rewritten by `template`; in a chat it replaces the last message."""
-    chat = not isinstance(problem.prompt, str)
-    plain = problem.prompt[-1]["content"] if chat else problem.prompt
-    text = template.format(prompt=plain, answer=problem.answer, solution=problem.solution or problem.answer)
-    return [*problem.prompt[:-1], {**problem.prompt[-1], "content": text}] if chat else text  # type: ignore[dict-item]
+
+    def fill(plain: Any) -> str:
+        return template.format(prompt=plain, answer=problem.answer, solution=problem.solution or problem.answer)
+
+    if isinstance(problem.prompt, str):
+        return fill(problem.prompt)
+    *before, last = problem.prompt
+    return [*before, {**last, "content": fill(last["content"])}]
 
 
 class PrivilegedSource:
