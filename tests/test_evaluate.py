@@ -11,7 +11,16 @@ import pytest
 from pydantic import ValidationError
 
 from kdrl.errors import UserError
-from kdrl.evaluate import EvaluateConfig, EvaluationResult, Record, Response, compare, evaluate_loaded, results_table
+from kdrl.evaluate import (
+    EvaluateConfig,
+    EvaluationResult,
+    Record,
+    Response,
+    compare,
+    evaluate,
+    evaluate_loaded,
+    results_table,
+)
 from kdrl.results import cell
 
 
@@ -179,3 +188,54 @@ def test_evaluation_needs_problems_and_a_limit(loaded: Any):
         evaluate_loaded(FakeEngine(), loaded, [FakeProblem("a", "a")], pool, EvaluateConfig(), 0)  # type: ignore[list-item]
     with pytest.raises(UserError, match="no problems in split 'development'"):
         evaluate_loaded(FakeEngine(), loaded, [], pool, EvaluateConfig(max_new_tokens=4), 0)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        """
+method: grpo
+student:
+  model: {architecture: qwen3, hidden_size: 16, layers: 1, heads: 2}
+  tokenizer: {characters: "0123456789+-=;# "}
+task:
+  name: reasoning_gym
+  dataset: chain_sum
+  settings: {min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}
+  extract: {after: "#"}
+  template: "{expression}="
+  verifier: {name: exact, workers: 1}
+rollout: {max_new_tokens: 6}
+evaluate: {problems: 3, final_problems: 5}
+"""
+    )
+    return path
+
+
+def test_a_model_is_evaluated_on_a_recipe_with_real_parts(recipe: Path):
+    from kdrl.models import load_model
+    from kdrl.recipe import load_recipe
+
+    loaded = load_model(load_recipe(recipe).student, "cpu", trainable=False, seed=0)
+    held_out = evaluate(loaded, recipe)
+    assert (held_out.split, len(held_out.records), held_out.settings["max_new_tokens"]) == ("test", 5, 6)
+    assert evaluate(loaded, recipe) == held_out, "the same model gives the same result"
+    tuned = evaluate(loaded, load_recipe(recipe), split="development", samples=4, temperature=1.0, k=[2])
+    assert (tuned.split, len(tuned.records)) == ("development", 3)
+    assert not set(held_out.problem_ids) & set(tuned.problem_ids)
+    assert tuned.metrics.keys() >= {"pass@2", "majority@2", "majority@4"}
+    for record in tuned.records:
+        for response in record.responses:
+            assert response.answer == (response.text.rpartition("#")[2].strip() if "#" in response.text else None)
+            assert response.tokens <= 6
+
+
+def test_evaluate_refuses_what_it_does_not_know(recipe: Path):
+    model: Any = SimpleNamespace()
+    with pytest.raises(UserError, match=r"no option 'smaples'.*'samples'"):
+        evaluate(model, recipe, smaples=3)
+    with pytest.raises(UserError, match="temperature 0 writes the same"):
+        evaluate(model, recipe, samples=3)
+    with pytest.raises(UserError, match="absent"):
+        evaluate("./absent", recipe)
