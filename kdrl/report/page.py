@@ -30,6 +30,8 @@ _CHARTS: list[tuple[str, list[str], str]] = [
     ("Gradient norms KD : RL", ["kd_rl_norm_ratio"], "above 1 distillation pulls harder"),
     ("Gradient cosine KD, RL", ["kd_rl_cosine"], "below 0 the two pull apart"),
     ("Zero-advantage groups", ["zero_advantage_share"], "share of groups with equal rewards: no RL signal"),
+    ("Groups without a right answer", ["groups_without_right"], "share of the step's groups"),
+    ("Clipped tokens", ["clipped_share"], "share held back by the policy gradient's clip"),
     ("Masked tokens", ["masked_share"], "share of response tokens that distillation leaves out"),
     ("Teacher calls", ["teacher_calls", "teacher_calls_saved"], "responses scored so far, and spared by masking"),
     ("Loss", ["loss", "loss/"], "as minimised, and its terms"),
