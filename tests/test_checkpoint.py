@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -337,7 +336,8 @@ def test_every_system_call_of_a_save_can_be_the_last(tmp_path: Path, monkeypatch
                 patch.setattr(Path, name, mortal(getattr(Path, name)))
             patch.setattr("kdrl.checkpoint.save_file", mortal(save_file))
             patch.setattr(os, "fsync", mortal(os.fsync))
-            patch.setattr("shutil.rmtree", mortal(shutil.rmtree))
+            for name in ("unlink", "rmdir"):  # so that a removal stops in the middle
+                patch.setattr(os, name, mortal(getattr(os, name)))
             try:
                 Checkpoints(run, CheckpointConfig(keep=1)).save(3, content(3), {"step": 3})
             except DeadError:
@@ -395,9 +395,8 @@ def check_full(run: Path, limit: str, part: str) -> None:
     assert_is(checkpoints.latest(), 1)
 
 
-@pytest.mark.parametrize("part", ["tensors", "state"])
-def test_file_size_limit(tmp_path: Path, part: str) -> None:
-    check_full(tmp_path / "run", "1000000", part)
+def test_file_size_limit(tmp_path: Path) -> None:
+    check_full(tmp_path / "run", "1000000", "tensors")
 
 
 @pytest.mark.parametrize("part", ["tensors", "state"])
