@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
+import os
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from functools import lru_cache
@@ -23,6 +25,26 @@ WINDOW = 1024
 """Positions of the training stream that share one seed and repeat no text; a resume redraws at most so many."""
 _SIZE = 500
 """Items of one data set, reasoning-gym's default: some tasks make all of them at once, or refuse larger sizes."""
+
+# Found by drawing each task in processes of different PYTHONHASHSEED (reasoning-gym 0.1.25).
+_BY_HASH_ORDER = {"codeio", "isomorphic_strings", "polynomial_multiplication", "ransom_note", "word_ladder"}
+_BY_CHANCE = {"knight_swap"}
+
+log = logging.getLogger(__name__)
+
+
+def _warn_if_not_repeatable(dataset: str) -> None:
+    """Say that a run on this task cannot be resumed to the byte, and what helps."""
+    if dataset in _BY_HASH_ORDER and not os.environ.get("PYTHONHASHSEED", "").isdigit():
+        log.warning(
+            "reasoning-gym's %r follows Python's hash order: its problems differ from process to process, so an exact "
+            "resume or comparison needs PYTHONHASHSEED=0 in the environment.",
+            dataset,
+        )
+    elif dataset in _BY_CHANCE:
+        log.warning(
+            "reasoning-gym's %r does not repeat its problems, whatever the seed: a resume is not exact.", dataset
+        )
 
 
 def check_settings(dataset: str, settings: Mapping[str, Any]) -> None:
@@ -86,6 +108,7 @@ class ReasoningGymTask:
         self.holdout = config.holdout or HoldoutConfig(development=0.1, test=0.1)
         self.solver = Solver(config, seed)
         make_dataset(config.dataset, config.settings, 0)
+        _warn_if_not_repeatable(config.dataset)
 
     def problems(self, split: str) -> ProblemStream:
         """The stream of a split; held-out ones are the same for every seed of the run. Raises UserError."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kdrl.errors import UserError
-from kdrl.tasks import Problem, Solution, TaskConfig, build_task
+from kdrl.tasks import Problem, ResponseInfo, Solution, TaskConfig, VerifierPool, build_task
 from kdrl.tasks.reasoning_gym import WINDOW
 from kdrl.tasks.scoring import build_scorer
 from kdrl.tasks.splits import normalise
@@ -229,6 +229,25 @@ def test_an_answer_of_none_is_allowed() -> None:
     score = build_scorer(made)
     assert score(problem.meta["item"]["metadata"]["example_answer"], problem)[0] == 1.0
     assert score("rubbish", problem)[0] == 0.0
+
+
+def test_tasks_that_do_not_repeat_are_named(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    build_task(config("chain_sum"), 0)
+    assert caplog.messages == []
+    build_task(config("ransom_note"), 0)
+    assert "PYTHONHASHSEED=0" in caplog.text
+
+
+def test_what_a_task_prints_while_scoring_is_no_fault_of_the_response(capfd: pytest.CaptureFixture[str]) -> None:
+    made = config("bf")
+    stream = build_task(made, 0).problems("train")
+    problems = [stream[index] for index in range(4)]
+    with VerifierPool(made, workers=1, timeout_s=20) as pool:
+        verdicts = pool.score([(p.answer, p, ResponseInfo(1, False, 9)) for p in problems])
+    assert [v.status for v in verdicts] == ["ok"] * 4
+    assert all(v.correct for v in verdicts)
+    assert capfd.readouterr().out == ""
 
 
 def test_system_prompt_makes_messages() -> None:

@@ -208,14 +208,16 @@ from kdrl.tasks import Problem, ResponseInfo, TaskConfig, VerifierPool, register
 
 @register_verifier("mine")
 def mine(response, problem):
+    while response == "spin":
+        pass
     return response == problem.answer
 
-pool = VerifierPool(TaskConfig(path="unread.jsonl", verifier={"name": "mine"}), workers=1, timeout_s=30)
+pool = VerifierPool(TaskConfig(path="unread.jsonl", verifier={"name": "mine"}), workers=1, timeout_s=300)
 rows = [(r, Problem("x", "?", "a"), ResponseInfo(1, False, 9)) for r in "ab"]
 print([v.correct for v in pool.score(rows)], flush=True)
 print("pids", *[child.pid for child in __import__("multiprocessing").active_children()], flush=True)
 if "wait" in sys.argv:
-    __import__("time").sleep(600)
+    pool.score([("spin", *rows[0][1:])])
 pool.close()
 """
 
@@ -239,6 +241,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
         assert parent.stdout is not None
         lines = iter(parent.stdout.readline, "")
         pids = next([int(pid) for pid in line.split()[1:]] for line in lines if line.startswith("pids"))
+        time.sleep(0.5)  # the worker is then busy and reads no pipe whose end would tell it
         parent.kill()
     assert pids
     for _ in range(100):
