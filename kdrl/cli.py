@@ -129,7 +129,7 @@ def evaluate_command(
         results.append(EvaluationResult.load(earlier) if earlier.suffix == ".json" else run(against))
     console.print(results_table(results))
     if len(results) == 2:
-        _say(compare(results[0], results[1]).sentence())
+        _say(compare(results[1], results[0]).sentence())
     if json_file is not None:
         results[0].save(json_file)
         _say(f"json: {json_file}")

@@ -60,7 +60,7 @@ class EvaluateConfig(Config):
     """Length limit of a response; unset takes the limit of the rollouts."""
     batch: int = Field(default=256, ge=1)
     """Problems asked of the engine at once. With temperature > 0 another value draws other samples."""
-    final_problems: int = Field(default=512, ge=0)
+    final_problems: int = Field(default=0, ge=0)
     """Problems of the `test` split that the finished model is evaluated on; 0 leaves the held-out evaluation out."""
     baselines: bool = True
     """Evaluate the teacher and the untouched student on the held-out problems too, for the comparison."""

@@ -149,7 +149,7 @@ class _Evaluations:
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
                 self.results = {k: EvaluationResult.from_dict(v) for k, v in stored.items() if v is not None}
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, UserError):
                 log.warning("%s cannot be read and is made again", path)
 
     def put(self, name: str, result: EvaluationResult) -> None:
