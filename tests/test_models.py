@@ -155,6 +155,15 @@ def test_new_weights_follow_the_seed_and_dtype_holds(dtype):
     assert {p.dtype for p in state.values()} == {getattr(torch, dtype)}
 
 
+def test_a_bfloat16_model_keeps_its_rotary_frequencies_and_its_logits(tmp_path):
+    loaded = fresh(dtype="bfloat16")
+    assert loaded.model.model.rotary_emb.inv_freq.dtype == torch.float32
+    save_final(loaded, tmp_path)
+    batch = ids(loaded.vocab_size)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(batch).logits, loaded.model(batch).logits)
+
+
 def test_loading_leaves_the_global_random_state_alone():
     torch.manual_seed(5)
     before = torch.get_rng_state()

@@ -115,8 +115,8 @@ def _make_new(config: TeacherModelConfig, tokenizer: PreTrainedTokenizerBase, se
     hf_config = _without_dropout(new_model_config(config.model, _ids_of(tokenizer), tokenizer))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "new model"))
-        model = AutoModelForCausalLM.from_config(hf_config, **_attention(config))
-    model = model.to(getattr(torch, config.dtype))
+        # Not `.to(dtype)`: that would round the rotary frequencies, which stay float32 in a loaded model.
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, config.dtype), **_attention(config))
     model.generation_config = GenerationConfig.from_model_config(model.config)
     return model
 
@@ -153,8 +153,8 @@ def _plain_weights(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
     with torch.random.fork_rng(devices=[]):
-        fresh: Any = type(model)(config)
-    fresh = fresh.to(model.dtype)
+        kept = {"dtype": model.dtype, "attn_implementation": config._attn_implementation}
+        fresh: Any = AutoModelForCausalLM.from_config(config, **kept)
     fresh.load_state_dict(model.state_dict())
     fresh.tie_weights()
     fresh.generation_config = model.generation_config
