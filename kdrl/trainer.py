@@ -145,7 +145,7 @@ class Trainer:
             last = self.parts.checkpoints.latest()
             kept = "No checkpoint was saved yet." if last is None else f"The last good checkpoint is {last.path}."
             raise RunError(
-                f"the gradient was not finite in {self.progress.bad_in_a_row} updates in a row, up to step "
+                f"loss or gradient was not finite in {self.progress.bad_in_a_row} updates in a row, up to step "
                 f"{self.progress.step}; none of them was applied. {kept} Lower optimizer.lr, or look at the rollouts."
             )
 
@@ -255,8 +255,8 @@ class Trainer:
                 first = not norms
                 if first and every and (step % every == 0):
                     balanced = balance(updater, scored, rows)
-                updater.accumulate(scored, rows, tally if epoch == 0 else None)
-                norm, applied = updater.step(self.parts.optimizer, config.clip)
+                loss = updater.accumulate(scored, rows, tally if epoch == 0 else None)
+                norm, applied = updater.step(self.parts.optimizer, config.clip, loss)
                 norms.append(norm)
                 self.progress.bad_in_a_row = 0 if applied else self.progress.bad_in_a_row + 1
                 self.progress.skipped_updates += not applied

@@ -85,19 +85,22 @@ class Updater:
             hidden_BLD = hidden_states(self.student, micro.input_ids_BL, micro.attention_mask_BL)
         return hidden_BLD.flatten(0, 1)[micro.place_M]
 
-    def accumulate(self, scored: Scored, rows: Sequence[int], tally: Tally | None = None) -> None:
-        """Add the gradient of the objective on `rows`, one optimizer step's responses, to the student's."""
+    def accumulate(self, scored: Scored, rows: Sequence[int], tally: Tally | None = None) -> float:
+        """Add the gradient of the objective on `rows`, one optimizer step's responses, to the student's; its loss."""
         rollouts = scored.rollouts
         weights = [reduction(active, rollouts, rows) for active in scored.active]
         wanted_N = torch.zeros(rollouts.tokens, dtype=torch.bool, device=rollouts.tokens_N.device)
         for active in scored.active:
             wanted_N |= active.wanted_N(rollouts.row_N, rollouts.rows)
         useful = set(rollouts.row_N[wanted_N].tolist())
+        total = 0.0
         for pack in pack_rows(rollouts, [row for row in rows if row in useful], self.budget):
             micro = lay_out(rollouts, pack, wanted_N, self.student.pad_id)
             loss = self._loss(scored, micro, weights, tally)
             if loss.requires_grad:
                 loss.backward()
+            total += float(loss.detach())
+        return total
 
     def _loss(self, scored: Scored, micro: MicroBatch, weights: list[Tensor], tally: Tally | None) -> Tensor:
         compared = [a for a in scored.active if a.term.needs.teacher == "distribution"]
@@ -132,11 +135,11 @@ class Updater:
         for p in self.parameters:
             p.grad = None
 
-    def step(self, optimizer: torch.optim.Optimizer, clip: float | None) -> tuple[float, bool]:
-        """Clip and apply the gradients; returns their norm and whether they were applied (they must be finite)."""
+    def step(self, optimizer: torch.optim.Optimizer, clip: float | None, loss: float = 0.0) -> tuple[float, bool]:
+        """Clip and apply the gradients; returns their norm and whether they were applied (norm and loss are finite)."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if clip is None else clip)
         value = float(norm)
-        applied = math.isfinite(value)
+        applied = math.isfinite(value) and math.isfinite(loss)
         if applied:
             optimizer.step()
         self.clear()
