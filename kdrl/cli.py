@@ -105,7 +105,7 @@ def evaluate_command(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Evaluate a model on a recipe's held-out problems: avg@n, pass@k, majority@k, tokens, truncation."""
-    from kdrl.evaluate import EvaluationResult, compare, evaluate, results_table
+    from kdrl.evaluation import EvaluationResult, compare, evaluate, results_table
 
     given = {
         "split": split,
@@ -189,8 +189,11 @@ def main() -> None:
         app(standalone_mode=True)
     except UserError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("stopped at once; the last checkpoint is whole. Go on with: kdrl train --resume RUN", 1)
+    except SystemExit as end:
+        # typer's own answer to a Ctrl-C that nothing else caught
+        if end.code == 130:
+            _fail("stopped.", 1)
+        raise
     except Exception as error:
         if type(error).__name__ in ("RunError", "InterruptedRunError"):
             _fail(str(error), 1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ import torch
 from kdrl.build import Builder, resolve_device
 from kdrl.environment import write_environment
 from kdrl.errors import UserError
-from kdrl.evaluate import EvaluationResult
+from kdrl.evaluation import EvaluationResult
 from kdrl.explain import explain_objective
 from kdrl.models import save_final
 from kdrl.planning import memory_plan
 from kdrl.recipe import Recipe, load_recipe
-from kdrl.trainer import Trainer
+from kdrl.trainer import InterruptedRunError, Trainer
 from kdrl.watch import Watch
 from kdrl.yamls import load_yaml
 
@@ -95,7 +95,7 @@ def _claim(run_dir: Path) -> None:
 
 def _run(recipe: Recipe, run_dir: Path, say: Say, *, resume: bool) -> RunResult:
     torch.use_deterministic_algorithms(True, warn_only=True)
-    with ExitStack() as stack:
+    with ExitStack() as stack, _stopped_at_once(run_dir):
         if not resume:
             say(explain_objective(recipe))
             _check_memory(recipe, say)
@@ -130,6 +130,19 @@ def _run(recipe: Recipe, run_dir: Path, say: Say, *, resume: bool) -> RunResult:
             trainer.run(watch)
         _finish(builder, run_dir, evaluations, say)
     return RunResult(run_dir, dict(evaluations.results))
+
+
+@contextmanager
+def _stopped_at_once(run_dir: Path) -> Iterator[None]:
+    """A Ctrl-C outside the steps, or the second one within: what is saved is whole, and the text says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (run_dir / "recipe.yaml").exists():
+            raise
+        raise InterruptedRunError(
+            f"stopped at once; the last checkpoint is whole. Go on with: kdrl train --resume {run_dir}"
+        ) from None
 
 
 def _check_memory(recipe: Recipe, say: Say) -> None:
