@@ -54,6 +54,7 @@ class Builder:
         self.pool = stack.enter_context(VerifierPool(recipe.task))
         self.engine = TorchEngine(self.student, recipe.rollout.rows, filtered_ok=recipe.rollout.filtered)
         self._check_lengths()
+        self._check_evaluation()
 
     def _load_teacher(self) -> LoadedModel | None:
         recipe = self.recipe
@@ -82,6 +83,13 @@ class Builder:
     def _check_lengths(self) -> None:
         models = {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
         check_lengths(models, take(self.task.problems("train"), 64), self.recipe)
+
+    def _check_evaluation(self) -> None:
+        # A missing split must not be found out after the training.
+        config = self.recipe.evaluate
+        for asked, split in ((config.every, config.split), (config.final_problems, "test")):
+            if asked:
+                self.task.problems(split)
 
     def sources(self) -> dict[str, Source]:
         """The writers that the recipe's source can choose from."""

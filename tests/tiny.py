@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from kdrl.recipe import Recipe, load_recipe, merge
 from kdrl.run import RunResult, train
 from kdrl.tasks import Problem
 from kdrl.teachers import LocalTeacher, SelfTeacher
-from kdrl.trainer import Parts
-from kdrl.update import Scored, Updater
+from kdrl.trainer import Parts, Trainer
+from kdrl.update import Scored, Tally, Updater
+from kdrl.watch import Watch
 
 CHARACTERS = "0123456789+-=;#abcdefghijklmnopqrstuvwxyz ."
 MODEL = {
@@ -128,10 +130,45 @@ def rows_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def parts_of(raw: dict[str, Any], run_dir: Path) -> Iterator[Parts]:
+def parts_of(raw: dict[str, Any], run_dir: Path, *overrides: str) -> Iterator[Parts]:
     """The live objects of a run, without running it."""
     with ExitStack() as stack:
-        yield Builder(load_recipe(raw), run_dir, stack).parts()
+        parts = Builder(load_recipe(raw, overrides), run_dir, stack).parts()
+        stack.callback(parts.checkpoints.close)
+        yield parts
+
+
+def go(parts: Parts) -> Trainer:
+    """Run the steps of a recipe."""
+    trainer = Trainer(parts)
+    with Watch(parts.run_dir, parts.recipe.log, parts.recipe.steps) as watch:
+        trainer.run(watch)
+    return trainer
+
+
+@dataclass
+class Seen:
+    """One update as it stood before the optimizer: what was scored, for which rows, the gradient, the log-probs."""
+
+    scored: Scored
+    rows: list[int]
+    gradient: Tensor
+    logp_N: Tensor
+
+
+class SpyUpdater(Updater):
+    """An updater that keeps what every update looked like."""
+
+    def __init__(self, student: LoadedModel, budget: int = 4096) -> None:
+        super().__init__(student, budget)
+        self.seen: list[Seen] = []
+
+    def accumulate(self, scored: Scored, rows: Sequence[int], tally: Tally | None = None) -> float:
+        loss = super().accumulate(scored, rows, tally)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        logp_N, _ = self.score_policy(scored.rollouts, scored.temperature)
+        self.seen.append(Seen(scored, list(rows), torch.cat([g.flatten() for g in grads]).clone(), logp_N))
+        return loss
 
 
 def problem(name: str = "p", prompt: str = "1+2=", **more: Any) -> Problem:
