@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from kdrl.batch import Response, Rollouts
@@ -30,6 +31,7 @@ class Collected:
     dropped_groups: int = 0
     privileged_tried: int = 0
     verify_seconds: float = 0.0
+    statuses: Counter[str] = field(default_factory=Counter)
 
 
 class Collector:
@@ -78,6 +80,7 @@ class Collector:
         items = [(r.text, r.problem, ResponseInfo(len(r.token_ids), not r.ended, self.max_tokens)) for r in asked]
         for response, verdict in zip(asked, self.pool.score(items), strict=True):
             response.reward, response.correct, response.status = verdict.reward, verdict.correct, verdict.status
+            out.statuses[verdict.status] += 1
         out.verify_seconds += time.perf_counter() - start
 
     def collect(self, step: int, wanted: Callable[[Rollouts], set[int]]) -> Collected:
@@ -85,15 +88,17 @@ class Collector:
         out = Collected([])
         writer = self._writer(step)
         group, useful = 0, 0
-        for turn in range(self.rounds + 1):
+        # Gold and teacher text is not sampled from the policy: another round would not change its rewards.
+        rounds = self.rounds if writer == "student" else 0
+        for turn in range(rounds + 1):
             problems = self._draw(self.prompts - useful)
             fresh = self.sources[writer].write(problems, group, derive(self.seed, "rollout", step, turn))
             out.generated += len(fresh)
             self._verify(fresh, out)
-            if self.rounds == 0:
+            if rounds == 0:
                 out.responses = fresh
                 break
-            useful += self._keep_useful(fresh, wanted, out, last=turn == self.rounds)
+            useful += self._keep_useful(fresh, wanted, out, last=turn == rounds)
             group += len(problems)
             if useful >= self.prompts:
                 break
@@ -110,6 +115,9 @@ class Collector:
             rewards.setdefault(response.group, set()).add(response.reward)
         mixed = {group for group, seen in rewards.items() if len(seen) > 1}
         kept = mixed | wanted(Rollouts.of(fresh, self.device))
+        if self.config.kind == "privileged":
+            # Groups with no right answer are what the privileged student is for.
+            kept |= rewards.keys() - {r.group for r in fresh if r.correct}
         if last and not kept and not out.responses:
             # A step must hold something: equal rewards then give no gradient, which is the truth.
             kept = set(rewards)

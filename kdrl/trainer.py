@@ -49,6 +49,7 @@ class Progress:
     teacher_calls_saved: int = 0
     skipped_updates: int = 0
     bad_in_a_row: int = 0
+    verdicts: dict[str, int] = field(default_factory=lambda: {"timeout": 0, "crash": 0, "printed": 0})
 
 
 @dataclass
@@ -66,7 +67,6 @@ class Parts:
     optimizer: torch.optim.Optimizer
     checkpoints: Checkpoints
     evaluate: Callable[[], Mapping[str, float | None]]
-    verdict_counts: Callable[[], Mapping[str, int]]
     device: str
     text: TeacherSource | None = None
 
@@ -184,6 +184,8 @@ class Trainer:
         self.progress.position = self.parts.collector.position
         self.progress.responses += collected.generated + collected.privileged_tried
         self._count_calls(scored)
+        for status in self.progress.verdicts:
+            self.progress.verdicts[status] += collected.statuses[status]
         phases.seconds["step"] = time.perf_counter() - start
         row = step_row(self.recipe, self.progress, collected, scored, tally, norms, phases.seconds)
         row |= {"lr": self._lr(step)} | balanced
@@ -191,7 +193,7 @@ class Trainer:
             f"weight/{n}": w
             for n, w in zip(self.parts.objective.names, self.parts.objective.weights(step, total), strict=True)
         }
-        row |= {f"verifier/{k}": v for k, v in self.parts.verdict_counts().items() if k != "ok"}
+        row |= {f"verifier/{k}": v for k, v in self.progress.verdicts.items()}
         return row, collected.responses
 
     def _wanted_groups(self, rollouts: Rollouts, step: int) -> set[int]:
