@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from kdrl.errors import UserError
 from kdrl.models import LoadedModel, encode_prompt
 from kdrl.recipe import Recipe
+from kdrl.sources.student import privileged_prompt
 from kdrl.tasks import Problem
+from kdrl.tasks.base import Prompt
 
 
 def check_pairing(student: LoadedModel, teacher: LoadedModel) -> list[str]:
@@ -41,7 +43,10 @@ def check_pairing(student: LoadedModel, teacher: LoadedModel) -> list[str]:
 def check_lengths(models: dict[str, LoadedModel], problems: Sequence[Problem], recipe: Recipe) -> None:
     """Raise UserError when prompt and response together do not fit a model's context."""
     student = models["student"]
-    longest = max((len(encode_prompt(student, p.prompt)) for p in problems), default=0)
+    prompts: list[Prompt] = [p.prompt for p in problems]
+    if recipe.source.template is not None:
+        prompts += [privileged_prompt(p, recipe.source.template) for p in problems]
+    longest = max((len(encode_prompt(student, prompt)) for prompt in prompts), default=0)
     need = longest + recipe.rollout.max_new_tokens
     for who, loaded in models.items():
         config = loaded.model.config.get_text_config()

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from string import Formatter
 from typing import Any, Literal
 
 from pydantic import Field, model_serializer, model_validator
 
 from kdrl.config import Config
+from kdrl.errors import nearest
 
 KINDS = ("student", "gold", "teacher", "mixture", "privileged")
+SHOWN = ("prompt", "answer", "solution")
+
+
+def _check_template(template: str) -> None:
+    """Raise ValueError for a privileged prompt that cannot be filled in."""
+    try:
+        names = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"the privileged template {template!r} is no format string: {error}") from None
+    if unknown := sorted(names - set(SHOWN)):
+        raise ValueError(f"the privileged template names {{{unknown[0]}}}{nearest(unknown[0], SHOWN)}")
+    if not names & {"answer", "solution"}:
+        raise ValueError("the privileged template shows nothing privileged: it needs {answer} or {solution}")
 
 
 class SourceConfig(Config):
@@ -47,6 +62,8 @@ class SourceConfig(Config):
             raise ValueError(
                 'a privileged source needs its prompt: {privileged: {template: "{prompt}\\nAnswer: {answer}"}}'
             )
+        if self.template is not None:
+            _check_template(self.template)
         if self.kind != "privileged" and self.samples is not None:
             raise ValueError("samples belongs to a privileged source; rollout.group says how many the others write")
         if self.kind != "mixture" and "other" in self.model_fields_set:
