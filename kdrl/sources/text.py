@@ -32,9 +32,14 @@ class GoldSource:
                 f"problem {problem.id} has no worked solution, which source `gold` needs; name the column with "
                 "task.columns.solution, or a writer with task.solution"
             )
-        encoded = self.student.tokenizer(
-            problem.solution, add_special_tokens=False, return_offsets_mapping=bool(problem.untrained_spans)
-        )
+        try:
+            encoded = self.student.tokenizer(
+                problem.solution, add_special_tokens=False, return_offsets_mapping=bool(problem.untrained_spans)
+            )
+        except Exception as error:  # the Rust encoder raises a bare Exception
+            raise UserError(
+                f"the student's tokenizer cannot write the solution {problem.solution[:80]!r}: {error}"
+            ) from error
         ids: list[int] = list(encoded["input_ids"])  # type: ignore[arg-type]
         trained = None
         if problem.untrained_spans:
