@@ -8,21 +8,13 @@ import yaml
 
 from kdrl.methods import get_method
 from kdrl.recipe import Recipe, plain, read_entry
+from kdrl.sources.config import SourceConfig
 
 
 def objective_yaml(recipe: Recipe) -> str:
     """The expanded objective as YAML."""
     entries = [{entry.name: plain(entry.config)} for entry in recipe.objective]
     return yaml.safe_dump({"objective": entries}, sort_keys=False, default_flow_style=None, width=110).rstrip()
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    out: dict[str, Any] = {}
-    for key, inner in value.items():
-        out |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return out
 
 
 def deviations(recipe: Recipe) -> list[str]:
@@ -44,6 +36,8 @@ def deviations(recipe: Recipe) -> list[str]:
         if key == "objective":
             continue
         mine = here.get(key)
+        if key == "source":
+            value = SourceConfig.model_validate(value).model_dump(mode="json")
         if isinstance(value, dict) and isinstance(mine, dict):
             mine = {k: mine.get(k) for k in value}
         lines += _differences(key, value, mine)
@@ -51,9 +45,10 @@ def deviations(recipe: Recipe) -> list[str]:
 
 
 def _differences(prefix: str, old: Any, new: Any) -> list[str]:
-    old_flat, new_flat = _flat(old, prefix), _flat(new, prefix)
-    keys = list(dict.fromkeys([*old_flat, *new_flat]))
-    return [f"{k}: {old_flat.get(k)} -> {new_flat.get(k)}" for k in keys if old_flat.get(k) != new_flat.get(k)]
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() & new.keys():
+        keys = dict.fromkeys([*old, *new])
+        return [line for k in keys for line in _differences(f"{prefix}.{k}", old.get(k), new.get(k))]
+    return [] if old == new else [f"{prefix}: {old} -> {new}"]
 
 
 def explain_objective(recipe: Recipe) -> str:

@@ -52,10 +52,12 @@ def _entry(entries: list[Any], part: str, trail: str, where: str) -> dict[str, A
             choice = " or ".join(f"objective.{i}" for i in found)
             raise UserError(f"{where}: the objective has {len(found)} terms {part!r}; say which one with {choice}.")
         index = found[0]
-    if isinstance(entries[index], str):
+    if not isinstance(entries[index], dict):
         entries[index] = {entries[index]: {}}
     entry = entries[index]
     name = names[index]
     if entry[name] is None:
         entry[name] = {}
+    if not isinstance(entry[name], dict):
+        raise UserError(f"{where}: {trail} is {entry[name]!r} and not a mapping of settings.")
     return entry[name]

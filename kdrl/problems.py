@@ -13,7 +13,7 @@ def explain_validation(error: ValidationError, root: type[BaseModel], prefix: st
     """One sentence per problem."""
     lines = []
     for problem in error.errors():
-        where = prefix + ".".join(str(part) for part in problem["loc"] if not _is_union_tag(part))
+        where = (prefix + ".".join(str(part) for part in problem["loc"] if not _is_union_tag(part))).rstrip(".")
         kind = problem["type"]
         if kind == "extra_forbidden":
             lines.append(_unknown(where, problem["loc"], root, prefix))
