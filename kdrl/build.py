@@ -190,7 +190,6 @@ class Builder:
             optimizer=self.optimizer(updater),
             checkpoints=Checkpoints(self.run_dir, recipe.checkpoint),
             evaluate=self.development,
-            verdict_counts=lambda: self.pool.counts,
             device=self.device,
             text=text if isinstance(text, TeacherSource) else None,
         )
