@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdrl.evaluate import evaluate
+    from kdrl.evaluation import evaluate
     from kdrl.objectives.api import divergence
     from kdrl.objectives.masks import register_mask
     from kdrl.objectives.schedules import register_schedule
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 # Imported on first use: a verifier worker or `kdrl --help` must not pay for torch.
 _HOME = {
     "train": "kdrl.run",
-    "evaluate": "kdrl.evaluate",
+    "evaluate": "kdrl.evaluation",
     "divergence": "kdrl.objectives.api",
     "register_mask": "kdrl.objectives.masks",
     "register_schedule": "kdrl.objectives.schedules",

@@ -13,7 +13,7 @@ from kdrl.checkpoint import Checkpoints
 from kdrl.checks import build_objective, needs_rewards, teacher_terms
 from kdrl.engines import TorchEngine
 from kdrl.errors import UserError
-from kdrl.evaluate import EvaluateConfig, EvaluationResult, evaluate_loaded, pick_problems
+from kdrl.evaluation import EvaluateConfig, EvaluationResult, evaluate_loaded, pick_problems
 from kdrl.models import LoadedModel, encode_prompt, load_model
 from kdrl.pairing import check_lengths, check_pairing
 from kdrl.recipe import Recipe

@@ -5,7 +5,7 @@ Left out: log-likelihood (multiple choice) scoring and agreement with a teacher;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -170,7 +170,7 @@ def _answer(
 
 def evaluate(
     model: str | Path | LoadedModel,
-    task: str | Path | Recipe | TaskConfig,
+    task: str | Path | Mapping[str, Any] | Recipe | TaskConfig,
     *,
     config: EvaluateConfig | None = None,
     device: str = "auto",
@@ -179,7 +179,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     **overrides: Any,
 ) -> EvaluationResult:
-    """Load `model` and evaluate it on `task`: a recipe (its path or the object) or a task section.
+    """Load `model` and evaluate it on `task`: a recipe (path, mapping or object) or a task section.
 
     `overrides` are fields of EvaluateConfig (problems, samples, temperature, split, k …; None leaves a field open).
     Without `config` they lie on the recipe's held-out evaluation: `final_problems` of the `test` split. `seed` is 0
@@ -223,8 +223,8 @@ def pick_problems(task: Any, config: EvaluateConfig) -> list[Problem]:
 
 
 def _recipe_of(task: Any) -> Any:
-    """The recipe behind a path or object, None for a task section alone."""
-    if isinstance(task, (str, Path)):
+    """The recipe behind a path, mapping or object, None for a task section alone."""
+    if isinstance(task, (str, Path, Mapping)):
         from kdrl.recipe import load_recipe
 
         return load_recipe(task)

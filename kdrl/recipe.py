@@ -14,7 +14,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, ValidationError
 from kdrl.checkpoint import CheckpointConfig
 from kdrl.config import Config
 from kdrl.errors import UserError, nearest
-from kdrl.evaluate import EvaluateConfig
+from kdrl.evaluation import EvaluateConfig
 from kdrl.methods import get_method
 from kdrl.models.config import ModelConfig, TeacherModelConfig
 from kdrl.objectives.schedules import Schedule

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from kdrl.errors import UserError
-from kdrl.evaluate import (
+from kdrl.evaluation import (
     EvaluateConfig,
     EvaluationResult,
     Record,
@@ -239,3 +239,16 @@ def test_evaluate_refuses_what_it_does_not_know(recipe: Path):
         evaluate(model, recipe, samples=3)
     with pytest.raises(UserError, match="absent"):
         evaluate("./absent", recipe)
+
+
+def test_the_public_function_is_not_hidden_by_a_module_and_takes_a_mapping(recipe: Path):
+    import importlib
+
+    import yaml
+
+    import kdrl
+
+    importlib.import_module("kdrl.evaluation")
+    assert callable(kdrl.evaluate)
+    with pytest.raises(UserError, match="smaples"):
+        kdrl.evaluate("./absent", yaml.safe_load(recipe.read_text()), smaples=3)
