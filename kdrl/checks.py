@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kdrl.errors import UserError
-from kdrl.objectives.masks import mask_names
+from kdrl.objectives.masks import mask_names, reads_entropy
 from kdrl.objectives.objective import Objective
 from kdrl.objectives.terms import TERMS, Distill, PolicyGradient, Term
 from kdrl.recipe import Recipe
@@ -102,6 +102,5 @@ def _check_term(recipe: Recipe, name: str, term: Term) -> None:
         raise UserError(f"objective.{name}.teacher self reads a privileged prompt; set source: {{privileged: ...}}.")
     if term.name == "cross_entropy" and recipe.rollout.temperature != 1.0:
         raise UserError("cross_entropy is the likelihood at temperature 1; set rollout.temperature to 1.")
-    names = mask_names(config.mask)
-    if "top_entropy" in names and "student" not in read:
-        raise UserError(f"objective.{name}.mask top_entropy looks at the student's own rollouts; set on: [student].")
+    if reads_entropy(config.mask) and "student" not in read:
+        raise UserError(f"objective.{name}.mask looks at the entropy of the student's own rollouts; set on: [student].")

@@ -8,16 +8,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import cloudpickle
+
 from kdrl.errors import UserError
 
 
 def load_plugins(names: Sequence[str], where: str) -> None:
-    """Import each module name or `.py` path once; raises UserError naming the one that fails."""
+    """Import each module name or run each `.py` path; raises UserError naming the one that fails.
+
+    Modules are looked for where Python looks and in the working directory.
+    """
     for name in names:
         try:
             if name.endswith(".py"):
                 _load_file(Path(name))
             else:
+                if (here := str(Path.cwd())) not in sys.path:
+                    sys.path.append(here)
                 importlib.import_module(name)
         except UserError:
             raise
@@ -37,3 +44,5 @@ def _load_file(path: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     spec.loader.exec_module(module)
+    # A worker process cannot import this module by name, so its verifiers travel whole.
+    cloudpickle.register_pickle_by_value(module)

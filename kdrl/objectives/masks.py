@@ -1,10 +1,12 @@
 """Which responses and tokens a term applies to; each mask is a function of the whole step's rollouts.
 
 A recipe writes a name, `{not: mask}`, `{any: [masks]}`, `{top_entropy: share}`, or a list that must all hold.
+A registered mask with settings is written `{name: value}` or `{name: {setting: value}}`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kdrl.errors import nearest
+from kdrl.errors import UserError, nearest
 from kdrl.registry import Registry
 
 
@@ -40,20 +42,28 @@ MaskFunction = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Mask:
-    """A registered mask and whether it judges responses or tokens."""
+    """A registered mask, whether it judges responses or tokens, and whether it reads token entropies."""
 
     function: MaskFunction
     per: Literal["response", "token"]
+    entropy: bool = False
 
 
 MASKS: Registry[Mask] = Registry("mask")
 
 
-def register_mask(name: str, per: Literal["response", "token"] = "response") -> Callable[[MaskFunction], MaskFunction]:
-    """Register `fn(context: MaskContext) -> bool tensor`, `[B]` or with `per="token"` `[N]`, as a mask for recipes."""
+def register_mask(
+    name: str, per: Literal["response", "token"] = "response", entropy: bool = False
+) -> Callable[[MaskFunction], MaskFunction]:
+    """Register `fn(context: MaskContext, **settings) -> bool tensor`, `[B]` or with `per="token"` `[N]`, for recipes.
+
+    `entropy` asks for `context.entropy_N`, the rollout policy's entropies in nats.
+    """
 
     def register(function: MaskFunction) -> MaskFunction:
-        MASKS.add(name, of=function)(Mask(function, per))
+        if name in ("not", "any"):
+            raise UserError(f"{name!r} combines masks and cannot name one; choose another name.")
+        MASKS.add(name, of=function)(Mask(function, per, entropy))
         return function
 
     return register
@@ -89,7 +99,7 @@ def truncated(context: MaskContext) -> Tensor:
     return context.truncated_B
 
 
-@register_mask("top_entropy", per="token")
+@register_mask("top_entropy", per="token", entropy=True)
 def top_entropy(context: MaskContext, share: float) -> Tensor:
     """The `share` of the step's tokens where the rollout policy is least certain (2506.01939)."""
     if context.entropy_N is None:
@@ -108,6 +118,7 @@ def check_mask(spec: Any) -> None:
             raise ValueError(f"no mask is called {spec!r}{nearest(spec, MASKS)}")
         if spec == "top_entropy":
             raise ValueError("top_entropy needs a share: write {top_entropy: 0.2}")
+        _bind(spec, ())
     elif isinstance(spec, list) and spec:
         for part in spec:
             check_mask(part)
@@ -118,6 +129,10 @@ def check_mask(spec: Any) -> None:
         elif key == "top_entropy":
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 raise ValueError(f"top_entropy takes a share of tokens between 0 and 1, not {value!r}")
+        elif key in MASKS and _settings(key):
+            _bind(key, value)
+        elif key not in MASKS and key != "any" and (hint := nearest(str(key), MASKS)):
+            raise ValueError(f"{key!r} is no mask{hint}")
         else:
             raise ValueError(f"{key!r} with {value!r} is no mask; write {{not: mask}}, {{any: [masks]}} or a name")
     else:
@@ -134,9 +149,36 @@ def mask_names(spec: Any) -> set[str]:
     return mask_names(value) if key in ("not", "any") else {key}
 
 
-def _apply(name: str, context: MaskContext, *settings: Any) -> Tensor:
+def reads_entropy(spec: Any) -> bool:
+    """Whether a mask in `spec` looks at token entropies."""
+    return any(MASKS.get(name).entropy for name in mask_names(spec))
+
+
+def _settings(name: str) -> dict[str, inspect.Parameter]:
+    """The settings of a mask: its parameters after the context."""
+    return dict(list(inspect.signature(MASKS.get(name).function).parameters.items())[1:])
+
+
+def _bind(name: str, value: Any) -> dict[str, Any]:
+    """Settings of `{name: value}` as keyword arguments (`()`: none); raises ValueError for unknown or missing ones."""
+    known = _settings(name)
+    given = value if isinstance(value, dict) else {} if value == () else {next(iter(known), "value"): value}
+    for key in given:
+        if key not in known:
+            raise ValueError(f"mask {name} has no setting {key!r}{nearest(str(key), known)}")
+    missing = [key for key, p in known.items() if p.default is p.empty and key not in given]
+    if missing:
+        raise ValueError(f"mask {name} needs {', '.join(missing)}: write {{{name}: {{{missing[0]}: ...}}}}")
+    return given
+
+
+def _apply(name: str, context: MaskContext, value: Any = ()) -> Tensor:
     mask = MASKS.get(name)
-    found = mask.function(context, *settings)
+    found = mask.function(context, **_bind(name, value))
+    size = context.rows if mask.per == "response" else len(context.row_N)
+    if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != (size,):
+        what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise UserError(f"the mask {name!r} must return one bool per {mask.per}, a tensor ({size},), but gave {what}.")
     return found[context.row_N] if mask.per == "response" else found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdrl.batch import Rollouts
-from kdrl.objectives.masks import MaskContext, evaluate_mask, mask_names
+from kdrl.objectives.masks import MaskContext, evaluate_mask, reads_entropy
 from kdrl.objectives.policy import advantages
 from kdrl.objectives.reduce import token_weights
 from kdrl.objectives.terms import Distill, PolicyGradient, Term, TokenView
@@ -67,7 +67,7 @@ class Objective:
     @property
     def wants_entropy_mask(self) -> bool:
         """Whether a mask needs token entropies before the update."""
-        return any("top_entropy" in mask_names(t.config.mask) for t in self.terms)
+        return any(reads_entropy(t.config.mask) for t in self.terms)
 
     def activate(self, rollouts: Rollouts, step: int, total: int, entropy_N: Tensor | None = None) -> list[Active]:
         """The terms of nonzero weight, with masks and advantages taken over the whole step's rollouts."""

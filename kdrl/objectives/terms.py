@@ -23,6 +23,7 @@ from pydantic import (
 from torch import Tensor
 
 from kdrl.config import Config
+from kdrl.errors import UserError
 from kdrl.objectives.divergence import divergence_of
 from kdrl.objectives.estimators import importance_ratio, token_loss
 from kdrl.objectives.masks import check_mask
@@ -319,29 +320,53 @@ class EntropyBonus(Term[TermConfig]):
 LossFunction = Callable[..., Tensor]
 
 
+def _setting_fields(name: str, function: LossFunction) -> dict[str, Any]:
+    """The keyword arguments of a term's function as configuration fields."""
+    fields: dict[str, Any] = {}
+    for p in list(inspect.signature(function).parameters.values())[1:]:
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            raise UserError(f"the term {name!r} takes *{p.name}; name its settings one by one.")
+        if p.name in TermConfig.model_fields:
+            raise UserError(f"the term {name!r} has a setting {p.name!r}, which every term has; call it otherwise.")
+        fields[p.name] = (Any if p.annotation is p.empty else p.annotation, ... if p.default is p.empty else p.default)
+    return fields
+
+
+def _per_token(name: str, loss_N: Any, view: TokenView) -> Tensor:
+    """The loss of a user's term; raises UserError unless it is one number per token, since a term never averages."""
+    shape = tuple(loss_N.shape) if isinstance(loss_N, Tensor) else type(loss_N).__name__
+    if shape != tuple(view.logq_N.shape):
+        raise UserError(
+            f"the term {name!r} must return one loss per token, {tuple(view.logq_N.shape)}, but gave {shape}; "
+            "the recipe's `reduce` averages."
+        )
+    return loss_N
+
+
 def register_term(name: str, *, teacher: bool = False, entropy: bool = False) -> Callable[[LossFunction], LossFunction]:
     """Register `fn(view: TokenView, **settings) -> loss [N]` as a term of one's own.
 
-    Its keyword arguments become recipe keys beside weight, mask, reduce and on; `teacher` and `entropy` ask for
-    `view.teacher_N` (log-probs of the sampled tokens) and `view.entropy_N` (with gradient).
+    Its keyword arguments become recipe keys beside weight, mask, reduce and on, checked by their annotations;
+    `teacher` and `entropy` ask for `view.teacher_N` (log-probs of the sampled tokens) and `view.entropy_N` (with
+    gradient).
     """
 
     def register(function: LossFunction) -> LossFunction:
-        fields: dict[str, Any] = {
-            p.name: (Any, ... if p.default is p.empty else p.default)
-            for p in list(inspect.signature(function).parameters.values())[1:]
-        }
-        config = create_model(f"{name}_config", __base__=TermConfig, __doc__=function.__doc__, **fields)
+        fields = _setting_fields(name, function)
+        config = create_model(
+            f"{name}_config", __base__=TermConfig, __doc__=function.__doc__, __module__=function.__module__, **fields
+        )
 
         class Registered(Term[TermConfig]):
-            Config = config
+            family, Config = ("kd" if teacher else "other"), config
 
             @property
             def needs(self) -> Needs:
                 return Needs(teacher="token" if teacher else None, entropy=entropy)
 
             def loss(self, view: TokenView) -> Tensor:
-                return function(view, **{key: getattr(self.config, key) for key in fields})
+                loss_N = function(view, **{key: getattr(self.config, key) for key in fields})
+                return _per_token(name, loss_N, view)
 
         Registered.name = name
         Registered.__doc__ = function.__doc__

@@ -83,9 +83,8 @@ def _own_streams(name: str, made: Any, config: TaskConfig) -> Task:
 
 
 def _refuse_options(name: str, config: TaskConfig, options: Sequence[str]) -> None:
-    for option in options:
-        if option in config.model_fields_set and getattr(config, option):
-            raise UserError(f"task.{option} has no effect on what the task {name!r} makes; drop it.")
+    for option in config.changed(*options):
+        raise UserError(f"task.{option} has no effect on what the task {name!r} makes; drop it.")
 
 
 def _check_settings(name: str, factory: Callable[..., Any], settings: Mapping[str, Any]) -> None:

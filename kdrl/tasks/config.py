@@ -166,10 +166,16 @@ class TaskConfig(Config):
         """The task's name with the default filled in."""
         return self.name or "data"
 
+    def changed(self, *keys: str) -> list[str]:
+        """Those of `keys` whose value is not the default."""
+        fields = type(self).model_fields
+        return [key for key in keys if getattr(self, key) != fields[key].get_default(call_default_factory=True)]
+
     @model_validator(mode="after")
     def _options_belong(self) -> Self:
-        data_only = {"path", "development_path", "test_path", "on_shared"} & self.model_fields_set
-        if self.kind != "data" and (extra := sorted(key for key in data_only if getattr(self, key))):
+        # What says the default is not refused: a resolved recipe states every key.
+        data_only = self.changed("path", "development_path", "test_path", "on_shared")
+        if self.kind != "data" and (extra := sorted(data_only)):
             raise UserError(f"task.{extra[0]} is for data files, but task.name is {self.kind!r}; drop one of the two.")
         if self.kind == "reasoning_gym":
             self._check_generated()
