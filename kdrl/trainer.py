@@ -18,6 +18,7 @@ import torch
 
 from kdrl.batch import Response, Rollouts
 from kdrl.checkpoint import Checkpoints, Loaded, flatten_optimizer, restore_optimizer
+from kdrl.errors import UserError
 from kdrl.metrics import balance, step_row
 from kdrl.models import LoadedModel
 from kdrl.objectives.objective import Active, Objective
@@ -97,10 +98,16 @@ class Trainer:
     def restore(self, saved: Loaded) -> dict[str, int]:
         """Go back to a checkpoint; returns the metric files' byte offsets at that moment."""
         names = dict(self.parts.student.model.named_parameters())
+        # First, because it refuses a checkpoint of other parameters than the recipe's.
+        restore_optimizer(self.parts.optimizer, names, saved.tensors["optimizer"], saved.state["optimizer"])
         with torch.no_grad():
             for name, value in saved.tensors["student"].items():
+                if names[name].shape != value.shape:
+                    raise UserError(
+                        f"{saved.path} holds {name} of shape {list(value.shape)}, and the student's is "
+                        f"{list(names[name].shape)}; put back the model that the run was started with."
+                    )
                 names[name].copy_(value)
-        restore_optimizer(self.parts.optimizer, names, saved.tensors["optimizer"], saved.state["optimizer"])
         self.progress = Progress(**saved.state["progress"])
         self.parts.collector.position = self.progress.position
         if self.parts.text is not None:
