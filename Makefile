@@ -58,12 +58,7 @@ types: $(DEV_STAMP)
 	$(BIN)/pyright
 
 demo: install
-	$(BIN)/kdrl train recipes/demo.yaml method=grpo --output $(DEMO_RUNS)/grpo
-	$(BIN)/kdrl train recipes/demo.yaml method=opd --output $(DEMO_RUNS)/opd
-	$(BIN)/kdrl train recipes/demo.yaml method=kdrl --output $(DEMO_RUNS)/kdrl
-	$(BIN)/kdrl train recipes/demo.yaml method=kdrl-annealed objective.distill.mask=wrong_response \
-	  --output $(DEMO_RUNS)/kdrl-annealed-wrong
-	$(BIN)/kdrl report $(DEMO_RUNS)/*
+	@bash scripts/demo.sh $(BIN)/kdrl $(DEMO_RUNS)
 
 smollm: install
 	@if ls $(SMOLLM)/*.gguf 2>/dev/null; then exit 0; fi; \

@@ -139,13 +139,22 @@ class Trainer:
                     score = row.get("eval/accuracy")
                 watch.step(row, [_sample(r) for r in responses])
                 self._stop_if_broken()
-                if (every and done % every == 0) or last or self._interrupted:
+                best = self._is_best(score)
+                if (every and done % every == 0) or best or last or self._interrupted:
                     self.save(watch, score)
                 if self._interrupted and not last:
                     raise InterruptedRunError(
                         f"stopped after step {done}; all of it is saved. Go on with: kdrl train --resume "
                         f"{self.parts.run_dir}"
                     )
+
+    def _is_best(self, score: float | None) -> bool:
+        """Whether this step is the best so far and is to be kept for it."""
+        best = self.progress.best_score
+        if score is None or not self.recipe.checkpoint.keep_best or (best is not None and score <= best):
+            return False
+        self.progress.best_score = score
+        return True
 
     def _stop_if_broken(self) -> None:
         if self.progress.bad_in_a_row >= self.recipe.optimizer.stop_after_bad:
