@@ -43,6 +43,9 @@ def check_recipe(recipe: Recipe) -> None:
     objective = build_objective(recipe)
     _check_teacher(recipe, objective)
     _check_rollouts(recipe, objective)
+    rates = [recipe.optimizer.lr(step, recipe.steps) for step in (0, max(0, recipe.steps - 1))]
+    if min(rates) < 0.0:
+        raise UserError(f"optimizer.lr is {min(rates):g} at one end of the run, and would undo what it should learn.")
     for name, term in zip(objective.names, objective.terms, strict=True):
         _check_term(recipe, name, term)
 
@@ -98,8 +101,6 @@ def _check_term(recipe: Recipe, name: str, term: Term) -> None:
             f"objective.{name} estimates a KL from the student's own samples; on {foreign} "
             "text that is not its gradient. Set on: [student], or support: full."
         )
-    if isinstance(term, Distill) and config.teacher == "self" and recipe.source.kind != "privileged":
-        raise UserError(f"objective.{name}.teacher self reads a privileged prompt; set source: {{privileged: ...}}.")
     if term.name == "cross_entropy" and recipe.rollout.temperature != 1.0:
         raise UserError("cross_entropy is the likelihood at temperature 1; set rollout.temperature to 1.")
     if reads_entropy(config.mask) and "student" not in read:
