@@ -58,6 +58,7 @@ def _write_entry(entry: Entry) -> dict[str, Any]:
     return {entry.name: plain(entry.config)}
 
 
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 EntryField = Annotated[Entry, PlainValidator(read_entry), PlainSerializer(_write_entry)]
 
 
@@ -105,7 +106,7 @@ class OptimizerConfig(Config):
     """Learning rate: a number or a schedule such as {cosine: {from: 1e-4, to: 0}}."""
     warmup: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     eps: float = Field(default=1.0e-8, gt=0.0)
     """AdamW's denominator offset."""
@@ -205,6 +206,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         if key in ("method", "plugins", "objective"):
             raw[key] = value
     plugins = raw.get("plugins") or ()
+    if not isinstance(plugins, str | list | tuple):
+        raise UserError(f"plugins is a list of Python files or modules, not {plugins!r}")
     load_plugins([plugins] if isinstance(plugins, str) else plugins, where)
     if isinstance(plugins, str):
         raw["plugins"] = [plugins]
