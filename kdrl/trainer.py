@@ -50,6 +50,7 @@ class Progress:
     teacher_calls_saved: int = 0
     skipped_updates: int = 0
     bad_in_a_row: int = 0
+    best_score: float | None = None
     verdicts: dict[str, int] = field(default_factory=lambda: {"timeout": 0, "crash": 0, "printed": 0})
 
 
