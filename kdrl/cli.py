@@ -80,9 +80,7 @@ def _dry_run(recipe: Path, overrides: list[str]) -> None:
     resolved = load_recipe(recipe, overrides)
     console.print(resolved.to_yaml(), markup=False)
     console.print(explain_objective(resolved), markup=False)
-    plan = memory_plan(resolved)
-    console.print(plan.table())
-    console.print(plan.verdict, markup=False)
+    console.print(memory_plan(resolved).table())
 
 
 @app.command("eval")
