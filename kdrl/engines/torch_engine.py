@@ -95,15 +95,23 @@ class TorchEngine:
 
 @contextlib.contextmanager
 def _writing(loaded: LoadedModel) -> Iterator[None]:
-    """Eval and inference mode and the model's autocast; the mode before is restored."""
+    """Eval mode, no gradients and the model's autocast; the mode before is restored."""
     was_training = loaded.model.training
+    casting = loaded.config.autocast is not None
+    # Autocast keeps its casts of weights from one step to the next only outside of inference mode, and only of weights
+    # that ask for gradients; without that every step casts every weight anew.
+    frozen = [p for p in loaded.model.parameters() if casting and p.is_floating_point() and not p.requires_grad]
     loaded.model.eval()
+    for weight in frozen:
+        weight.requires_grad_(True)
     try:
-        with torch.inference_mode(), loaded.autocast():
+        with torch.no_grad() if casting else torch.inference_mode(), loaded.autocast():
             yield
     finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
         loaded.model.train(was_training)
-        torch.clear_autocast_cache()  # casts made in inference mode must not reach a training forward
+        torch.clear_autocast_cache()  # casts made without gradients must not reach a training forward
 
 
 def _waves(cells: list[tuple[int, int]], max_rows: int) -> list[list[tuple[int, int]]]:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdrl.engines import TorchEngine, decoding
 from kdrl.engines.decoding import Plan
@@ -255,3 +257,30 @@ def test_autocast_and_bfloat16_stay_close_to_their_own_forward():
                     want = full_logp(loaded, prompt, sample.token_ids, 1.0)
                 gaps.append((torch.tensor(sample.logp) - want).abs().mean())
         assert torch.stack(gaps).mean() < 0.1
+
+
+class Casts(TorchDispatchMode):
+    """Counts conversions of tensors of the given shapes."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes, self.count = shapes, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and tuple(args[0].shape) in self.shapes:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_autocast_casts_each_weight_once_a_call_however_many_tokens(trainable):
+    loaded = toy("qwen3")
+    loaded.config = loaded.config.model_copy(update={"autocast": "bfloat16"})
+    loaded.model.requires_grad_(trainable)
+    linear = [m.weight for m in loaded.model.model.modules() if isinstance(m, torch.nn.Linear)]
+    engine = TorchEngine(replace(loaded, eos_ids=(-1,)), 64)
+    for tokens in (4, 12):
+        with Casts({tuple(w.shape) for w in linear}) as casts:
+            engine.generate(encoded(loaded), samples=3, max_new_tokens=tokens, seed=0)
+        assert casts.count == len(linear)
+    assert all(p.requires_grad == trainable for p in loaded.model.parameters())
