@@ -269,4 +269,7 @@ def _default(field: Any) -> str:
     if isinstance(value, Config):
         dumped = value.model_dump(mode="json")
         return str(dumped) if isinstance(dumped, str | int | float) else ""
-    return str(value.spec) if isinstance(value, Schedule) else str(value)
+    value = value.spec if isinstance(value, Schedule) else value
+    # As a recipe would say it: null, true, [].
+    dumped = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
+    return dumped.strip().removesuffix("...").strip()
