@@ -121,6 +121,11 @@ class _Request:
     def compute_bytes(self) -> int:
         return 2 if self.autocast else self.dtype_bytes
 
+    @property
+    def attention_bytes(self) -> int:
+        # See kdrl.models.attention.
+        return 4 if self.device.type == "cpu" and not self.checkpointing else self.compute_bytes
+
 
 def plan(
     student: ModelShape,
@@ -218,7 +223,7 @@ def _rollout(r: _Request) -> Iterable[Item]:
 def _update(r: _Request) -> Iterable[Item]:
     """What forward and backward of one micro-batch need."""
     yield Item("gradients", r.trainable * r.dtype_bytes, "update", f"{r.trainable:,} x {r.dtype_bytes} B")
-    per_layer = activation_bytes(r.student, r.max_length, r.compute_bytes)
+    per_layer = activation_bytes(r.student, r.max_length, r.compute_bytes, r.attention_bytes)
     kept = r.student.width * r.compute_bytes
     if r.checkpointing:
         size, why = per_layer + kept * r.student.layers, f"{per_layer:,} B + {r.student.layers} layers x {kept:,} B"

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 from kdrl.errors import UserError
 from kdrl.memory import ModelShape, available_bytes, plan
 from kdrl.model_shape import activation_bytes, adapter_parameters
+from kdrl.models.attention import training_attention
 from kdrl.models.config import LoraConfig
 
 REPO = Path(__file__).parents[1]
@@ -126,6 +127,7 @@ def kept_for_backward(config, tokens: int, length: int, autocast: bool) -> int:
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        training_attention(model),
     ):
         model.base_model(ids, attention_mask=mask, use_cache=False)
     return sum(sizes.values())
@@ -141,7 +143,7 @@ def test_activation_formula_is_what_autograd_keeps(kind, numbers, autocast: bool
         kept_for_backward(kind(**(numbers | {"num_hidden_layers": layers})), tokens, length, autocast)
         for layers in (1, 3)
     ]
-    formula = activation_bytes(ModelShape.from_config(kind(**numbers)), length, 2 if autocast else 4)
+    formula = activation_bytes(ModelShape.from_config(kind(**numbers)), length, 2 if autocast else 4, 4)
     assert (kept[1] - kept[0]) / 2 == pytest.approx(tokens * formula, rel=0.05)
 
 
@@ -224,6 +226,7 @@ STEP = """
 import json, sys
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
+from kdrl.models.attention import training_attention
 from kdrl.objectives.head import Head, score_tokens
 numbers, tokens, length, autocast = json.loads(sys.argv[1])
 torch.set_num_threads(1)
@@ -233,7 +236,7 @@ for _ in range(2):
     ids = torch.randint(0, numbers["vocab_size"], (tokens // length, length))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), training_attention(model):
         hidden = model.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
         scores = score_tokens(Head(model.lm_head.weight), hidden.flatten(0, 1), ids.flatten())
     (-scores.logp_N.mean()).backward()

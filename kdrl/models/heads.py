@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrl.errors import UserError
+from kdrl.models.attention import training_attention
 
 if TYPE_CHECKING:
     from kdrl.objectives.head import Head
@@ -57,7 +58,8 @@ def hidden_states(
     given: dict[str, Any] = {"input_ids": input_ids_BL, "attention_mask": attention_mask_BL, "use_cache": False}
     if position_ids_BL is not None and accepts(type(decoder), "position_ids"):
         given["position_ids"] = position_ids_BL
-    return decoder(**given).last_hidden_state
+    with training_attention(causal_lm(model)):
+        return decoder(**given).last_hidden_state
 
 
 def head_of(model: Any, rows: int | None = None) -> Head:
