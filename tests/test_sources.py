@@ -63,7 +63,7 @@ def test_gold_is_cut_at_the_limit_and_then_has_not_ended(student: Any, limit: in
 def test_untrained_spans_are_tokens_without_loss(student: Any):
     one = problem(solution="1+2;4#", untrained_spans=((0, 2), (4, 5)))
     (response,) = GoldSource(student, 10).write([one], 0, 0)
-    shown = "".join(c if t else "_" for c, t in zip(one.solution + "E", response.trained or [], strict=True))
+    shown = "".join(c if t else "_" for c, t in zip(f"{one.solution}E", response.trained or [], strict=True))
     assert shown == "__2;_#E", "the end is always trained"
     assert Rollouts.of([response]).trained_N.tolist() == response.trained
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import copied, made_responses, plain_logp, toy
+from tiny import MODEL, copied, made_responses, plain_logp, toy
 
 from kdrl.batch import Rollouts
 from kdrl.models import LoraConfig, ModelConfig, NewModel, NewTokenizer, load_model
@@ -112,10 +112,10 @@ def test_the_self_teacher_reads_the_privileged_prompt_and_stays_when_the_student
     assert torch.equal(evidence.head.weight_VD, before)
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, alpha=4.0)])
 def test_the_reference_is_the_student_as_training_found_it(lora: LoraConfig | None, rollouts: Rollouts):
     config = ModelConfig(
-        model=NewModel(architecture="qwen3", hidden_size=16, layers=1, heads=2, intermediate_size=24),
+        model=NewModel(**MODEL),
         tokenizer=NewTokenizer(characters="".join(chr(48 + i) for i in range(40))),
         lora=lora,
     )

@@ -160,6 +160,28 @@ def test_gradient_is_that_of_the_models_own_logits(
     assert_near(gradient(student, scored, budget=50), want)
 
 
+def test_a_sequences_ratio_counts_its_masked_tokens_too(student: LoadedModel):
+    """GSPO's ratio is that of the whole response, also where a token mask keeps only some of its tokens."""
+    responses = made_responses()
+    entry = {"policy_gradient": {"ratio": "sequence", "clip": {"kind": "none"}, "mask": {"top_entropy": 0.3}}}
+    scored = score(student, responses, [entry], stale=True)
+    (active,) = scored.active
+    assert active.advantage_B is not None
+    advantages = active.advantage_B.tolist()
+
+    def loss() -> torch.Tensor:
+        total = torch.zeros(())
+        for row, response in enumerate(responses):
+            logp = plain_logp(student, response.prompt_ids, response.token_ids)
+            mine = logp.gather(-1, torch.tensor(response.token_ids)[:, None])[:, 0]
+            old = mine.detach() + torch.tensor(response.logp)
+            start, end = scored.rollouts.span(row)
+            total = total - (mine - old).mean().exp() * advantages[row] * active.keep_N[start:end].sum()
+        return total / active.keep_N.sum()
+
+    assert_near(gradient(student, scored, budget=50), plain_gradient(student, loss))
+
+
 def test_sampling_temperature_divides_every_distribution(student: LoadedModel, teacher: LoadedModel):
     responses = made_responses()
     scored = score(student, responses, [{"distill": {"support": {"token": "k2"}}}], teacher=teacher, temperature=0.7)
