@@ -154,6 +154,11 @@ def test_keys_that_act_on_a_whole_run_are_refused(key: str, value: Any):
         ({"support": {"topk": {"k": 4, "as": "loss"}}}, "`as` belongs to token support"),
         ({"support": "full", "clamp": 3.0}, "clamp bounds a sampled-token ratio"),
         ({"divergance": "forward_kl"}, "divergance"),
+        ({"support": {"topk": True}}, "topk"),
+        ({"divergence": {"jsd": True}}, "jsd"),
+        ({"divergence": {"jsd": {"kind": "forward_kl"}}}, "kind"),
+        ({"support": {"token": {"kind": "full"}}}, "kind"),
+        ("forward_kl", "mapping"),
     ],
     ids=str,
 )

@@ -324,3 +324,5 @@ def test_a_target_outside_the_vocabulary_is_refused_as_documented():
         score_tokens(Head(torch.randn(5, 3)), torch.randn(2, 3), torch.tensor([0, 5]))
     with pytest.raises(IndexError):
         score_tokens(Head(torch.randn(5, 3), rows=4), torch.randn(2, 3), torch.tensor([0, 4]))
+    with pytest.raises(IndexError):
+        score_tokens(Head(torch.randn(5, 3)), torch.randn(2, 3), torch.tensor([-100, 4]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kdrl.errors import UserError
-from kdrl.objectives.masks import MaskContext, check_mask, evaluate_mask, mask_names, register_mask
+from kdrl.objectives.masks import MaskContext, check_mask, evaluate_mask, mask_names, reads_entropy, register_mask
 from kdrl.objectives.terms import DistillConfig
 
 from .reference import as_tensor, quick
@@ -71,6 +71,11 @@ def test_a_list_is_and_any_is_or():
     assert rows_of({"not": {"any": ["right_response", "truncated"]}}) == [1, 3]
     assert rows_of({"not": ["wrong_response", "truncated"]}) == [0, 1, 2, 3, 5]
     assert rows_of(["all"]) == list(range(6))
+
+
+def test_responses_of_one_token_each_are_not_taken_for_tokens():
+    one = context(row_N=torch.tensor([3, 1, 5, 0, 4, 2]), entropy_N=None)
+    assert evaluate_mask("right_response", one).tolist() == [False, False, True, True, False, True]
 
 
 def test_extremes():
@@ -202,6 +207,54 @@ def test_masks_of_one_s_own_by_response_and_by_token():
         False,
         False,
     ]
+
+
+def test_masks_of_one_s_own_with_settings():
+    @register_mask("test_shorter")
+    def shorter(context: MaskContext, than: int, at_least: int = 1) -> torch.Tensor:
+        length = torch.bincount(context.row_N, minlength=context.rows)
+        return (length < than) & (length >= at_least)
+
+    assert rows_of({"test_shorter": 2}) == [1, 2, 4, 5]
+    assert rows_of({"test_shorter": {"than": 3, "at_least": 2}}) == [0, 3]
+    assert rows_of(["wrong_response", {"not": {"test_shorter": {"than": 2}}}]) == [3]
+    assert mask_names({"not": {"test_shorter": 2}}) == {"test_shorter"}
+    for spec, says in (
+        ("test_shorter", "needs than"),
+        ({"test_shorter": {"at_least": 2}}, "needs than"),
+        ({"test_shorter": {"then": 2}}, "no setting 'then'; did you mean 'than'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            check_mask(spec)
+
+
+@pytest.mark.parametrize("per", ["response", "token"])
+def test_a_mask_of_one_s_own_that_returns_something_else_is_named(per: Literal["response", "token"]):
+    size = 6 if per == "response" else 8
+    wrongs: list[Any] = [torch.ones(14 - size).bool(), torch.ones(size), torch.ones(size, 1).bool(), True]
+    for number, wrong in enumerate(wrongs):
+        name = f"test_wrong_{per}_{number}"
+        register_mask(name, per=per)(lambda context, wrong=wrong: wrong)
+        with pytest.raises(UserError, match=f"{name}.*one bool per {per}"):
+            evaluate_mask(name, context())
+
+
+def test_which_masks_ask_for_entropies():
+    @register_mask("test_unsure", per="token", entropy=True)
+    def unsure(context: MaskContext) -> torch.Tensor:
+        assert context.entropy_N is not None
+        return context.entropy_N > 0.5
+
+    assert evaluate_mask("test_unsure", context()).nonzero().flatten().tolist() == [2, 4, 6]
+    assert reads_entropy({"any": ["all", {"not": "test_unsure"}]})
+    assert reads_entropy([{"top_entropy": 0.5}, "all"])
+    assert not reads_entropy({"any": ["all", {"not": "truncated"}]})
+
+
+@pytest.mark.parametrize("name", ["not", "any"])
+def test_words_that_combine_masks_cannot_name_one(name: str):
+    with pytest.raises(UserError, match="combines masks"):
+        register_mask(name)(lambda context: context.correct_B)
 
 
 def test_a_built_in_mask_cannot_be_replaced():

@@ -162,9 +162,12 @@ def test_no_clip_is_the_plain_surrogate(ratio: float):
         ({"kind": "none", "dual": 3.0}, "clip.dual belongs to `kind: ppo`"),
         ({"dual": 1.0}, "greater than 1"),
         ({"hgh": 0.2}, "hgh"),
+        ({"low": -0.2}, "low"),
+        ({"high": -0.2}, "high"),
+        ({"kind": "cispo", "cap": -5.0}, "cap"),
     ],
 )
-def test_clip_settings_that_would_do_nothing_are_refused(clip: dict[str, Any], why: str):
+def test_clip_settings_that_would_do_nothing_or_turn_the_gradient_are_refused(clip: dict[str, Any], why: str):
     with pytest.raises(ValidationError, match=why):
         Clip.model_validate(clip)
 

@@ -31,8 +31,8 @@ HAND: list[tuple[Any, int, dict[int, float]]] = [
     ({"cosine": {"from": 1.0, "to": 0.0}}, 4, {0: 1.0, 1: 0.8535533906, 2: 0.5, 3: 0.1464466094, 4: 0.0, 9: 0.0}),
     ({"cosine": {"from": 3.0, "to": 1.0, "steps": 6, "start": 2}}, 99, {0: 3.0, 2: 3.0, 4: 2.5, 5: 2.0, 8: 1.0}),
     ({"wsd": {"peak": 2.0, "warmup": 2, "decay": 4, "floor": 0.4}}, 10,
-     {0: 1.0, 1: 2.0, 2: 2.0, 6: 2.0, 7: 1.6, 8: 1.2, 9: 0.8, 10: 0.4, 11: 0.4, 99: 0.4}),
-    ({"wsd": {"peak": 1.0}}, 10, {0: 1.0, 7: 1.0, 8: 1.0, 9: 0.5, 10: 0.0, 15: 0.0}),
+     {0: 1.0, 1: 2.0, 2: 2.0, 6: 2.0, 7: 1.6, 8: 1.2, 9: 0.8, 10: 0.4}),
+    ({"wsd": {"peak": 1.0}}, 20, {0: 1.0, 16: 1.0, 17: 0.75, 18: 0.5, 19: 0.25, 20: 0.0}),
     ({"wsd": {"peak": 1.0, "decay": 0}}, 10, {0: 1.0, 9: 1.0}),
     ({"switch": {"at": 60, "before": 1.0, "after": 0.0}}, 150, {0: 1.0, 59: 1.0, 60: 0.0, 149: 0.0, 999: 0.0}),
 ]  # fmt: skip
@@ -46,6 +46,11 @@ def test_each_kind_by_hand(spec: Any, total: int, values: dict[int, float]):
     assert schedule.spec == spec, "a recipe gets back what it said"
     assert schedule == Schedule(spec)
     assert schedule != Schedule(0.123)
+
+
+def test_wsd_stays_at_its_floor_beyond_the_end():
+    schedule = Schedule({"wsd": {"peak": 2.0, "decay": 4, "floor": 0.4}})
+    assert [schedule(step, 10) for step in (10, 11, 99)] == pytest.approx([0.4, 0.4, 0.4])
 
 
 def test_every_built_in_kind_is_run_by_hand_above():
@@ -71,6 +76,7 @@ def test_ramps_stay_between_their_ends_and_never_turn(kind: str, ends: tuple[flo
 )
 @quick
 def test_wsd_stays_between_floor_and_peak(total: int, warmup: int, decay: int | None, step: int):
+    step = min(step, total)
     settings = {"peak": 1.0, "warmup": warmup, "decay": decay}
     assert -1e-12 <= Schedule({"wsd": settings})(step, total) <= 1.0 + 1e-12
 
@@ -94,6 +100,9 @@ def test_wsd_stays_between_floor_and_peak(total: int, warmup: int, decay: int | 
         ({"linear": {"from": True, "to": 0}}, "linear.from is a number, not True"),
         ({"linear": 3}, "linear has no setting"),
         ({"switch": {"at": 3, "before": 1}}, "switch needs after"),
+        ({1: 2}, "no schedule is called 1"),
+        (float("nan"), "number"),
+        ({"constant": float("inf")}, "number"),
         ({"constant": None}, "number"),
         ({"linear": {"from": None, "to": 0}}, "number"),
         ({"switch": {"at": None, "before": 1, "after": 0}}, "number"),

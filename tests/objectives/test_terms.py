@@ -153,6 +153,26 @@ def test_a_term_of_one_s_own_may_ask_for_entropy():
     assert term("test_calm").needs == Needs(entropy=True)
 
 
+def test_a_term_of_one_s_own_that_averages_or_hides_its_settings_is_refused():
+    register_term("test_mean")(lambda view: view.logq_N.mean())
+    with pytest.raises(UserError, match=r"'test_mean' must return one loss per token, \(2,\), but gave \(\)"):
+        term("test_mean").loss(token_view(as_tensor([-1.0, -2.0])))
+    with pytest.raises(UserError, match=r"takes \*settings"):
+        register_term("test_open")(lambda view, **settings: view.logq_N)
+    with pytest.raises(UserError, match="has a setting 'weight', which every term has"):
+        register_term("test_weight")(lambda view, weight=1.0: view.logq_N)
+
+
+def test_settings_of_a_term_are_checked_by_their_annotations():
+    @register_term("test_typed")
+    def typed(view: TokenView, power: float, side: str = "left") -> Tensor:
+        return view.logq_N**power
+
+    with pytest.raises(ValidationError, match="power"):
+        term("test_typed", power="much")
+    assert term("test_typed", power=2).loss(token_view(as_tensor([-3.0]))).tolist() == [9.0]
+
+
 def test_a_built_in_term_cannot_be_replaced_and_a_misspelled_one_names_the_nearest():
     with pytest.raises(UserError, match="objective term 'distill' is built in"):
         register_term("distill")(lambda view: view.logq_N)
