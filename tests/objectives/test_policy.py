@@ -163,6 +163,7 @@ def test_no_clip_is_the_plain_surrogate(ratio: float):
         ({"dual": 1.0}, "greater than 1"),
         ({"hgh": 0.2}, "hgh"),
         ({"low": -0.2}, "low"),
+        ({"low": 1.5}, "low"),
         ({"high": -0.2}, "high"),
         ({"kind": "cispo", "cap": -5.0}, "cap"),
     ],
