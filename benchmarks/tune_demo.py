@@ -20,6 +20,7 @@ SEED = 100  # not one of the seeds that are reported
 
 
 def falling(start: float, end: float) -> str:
+    """A linear schedule as a recipe value."""
     return f"{{linear: {{from: {start}, to: {end}}}}}"
 
 
@@ -56,6 +57,7 @@ def run(arm: str, settings: list[str], folder: Path, steps: int) -> dict[str, ob
 
 
 def main() -> None:
+    """All settings of all arms, or of those named, two at a time."""
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 130
     arms = sys.argv[2].split(",") if len(sys.argv) > 2 else list(ARMS)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:

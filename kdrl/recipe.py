@@ -171,7 +171,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     out = copy.deepcopy(dict(base))
     for key, value in over.items():
         old = out.get(key)
-        both = isinstance(old, dict) and isinstance(value, Mapping)
+        # A source is one of several: two of them do not mix.
+        both = isinstance(old, dict) and isinstance(value, Mapping) and key != "source"
         out[key] = merge(old, value) if both else copy.deepcopy(value)  # type: ignore[arg-type]
     return out
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from kdrl.errors import UserError
 from kdrl.objectives.estimators import token_loss
 from kdrl.objectives.terms import DistillConfig, distribution_loss
+from kdrl.problems import explain_validation
 
 _NOT_HERE = {
     "weight": "multiplies the reduced loss",
@@ -35,6 +36,8 @@ def divergence(
     Raises UserError for a spec that cannot teach, for shapes that differ, and for keys that act on a whole run
     (weight, mask, reduce, on, skip_eos). Logits are never padded: slice both to the tokenizer's size first.
     """
+    if not isinstance(spec, Mapping):
+        raise UserError(f"spec is a mapping such as {{'divergence': 'reverse_kl', 'support': 'full'}}, not {spec!r}")
     for key in spec:
         if key in _NOT_HERE or key == "skip_eos":
             why = _NOT_HERE.get(key, "needs to know where responses end: use `mask=`")
@@ -42,12 +45,18 @@ def divergence(
     try:
         config = DistillConfig.model_validate(dict(spec))
     except ValidationError as error:
-        raise UserError("; ".join(str(e["msg"]).removeprefix("Value error, ") for e in error.errors())) from None
+        raise UserError("; ".join(explain_validation(error, DistillConfig, ""))) from None
     if student_logits.shape != teacher_logits.shape:
         raise UserError(
             f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ; "
             "slice padded vocabulary rows off both, so that they cover the same tokens"
         )
+    for name, given in (("tokens", tokens), ("mask", mask)):
+        if given is not None and given.shape != student_logits.shape[:-1]:
+            raise UserError(
+                f"{name} has shape {tuple(given.shape)}, and the logits' positions {tuple(student_logits.shape[:-1])}; "
+                "they must be the same"
+            )
     wide = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     logq = student_logits.to(wide).log_softmax(-1)
     logp = teacher_logits.detach().to(wide).log_softmax(-1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdrl.objectives.divergence import finite
 from kdrl.objectives.specs import Support
 
 
@@ -28,7 +29,7 @@ def token_loss(support: Support, logq: Tensor, logp: Tensor, clamp: float | None
 
     `rho` is the importance ratio pi_theta/pi_old of stale samples; its detached value multiplies the loss.
     """
-    logp = logp.detach()
+    logp = finite(logp.detach())
     ratio = logp - logq.detach()
     bounded = _clamp(ratio, clamp)
     if support.place == "advantage":

@@ -7,7 +7,7 @@ Left out here: a fused kernel, and vocabulary chunks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,8 +65,8 @@ def entropy_of(logp_NV: Tensor) -> Tensor:
 
 
 def chunks(tokens: int, vocab_size: int, chunk_tokens: int | None = None) -> list[slice]:
-    """Consecutive slices of at most `chunk_tokens` tokens (default: as many as keep a chunk near 16 MiB)."""
-    size = chunk_tokens or max(16, CHUNK_ELEMENTS // max(1, vocab_size))
+    """Consecutive slices of at most `chunk_tokens` tokens (default: near 16 MiB, and never all tokens at once)."""
+    size = chunk_tokens or max(16, min(CHUNK_ELEMENTS // max(1, vocab_size), (tokens + 1) // 2))
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
@@ -82,12 +82,18 @@ def score_tokens(
 ) -> TokenScores:
     """Log-prob of each target, entropy and divergences in one chunked pass; differentiable in hidden and head.
 
-    Raises IndexError (from gather) when a target is outside the head's vocabulary.
+    Raises IndexError when a target is outside the head's vocabulary.
     """
+    if len(targets_N):
+        low, high = (int(x) for x in targets_N.aminmax())
+        if low < 0 or high >= head.vocab_size:
+            raise IndexError(f"tokens {low} to {high} are not all inside the vocabulary of {head.vocab_size}")
+    # Widened once: the head's gradient then adds up over chunks in float32 and is rounded a single time.
+    wide = torch.promote_types(torch.promote_types(hidden_ND.dtype, head.weight_VD.dtype), torch.float32)
+    weight_VD = head.weight_VD[: head.vocab_size].to(wide)
 
     def one(hidden_MD: Tensor, weight_VD: Tensor, part: slice) -> tuple[Tensor, ...]:
-        local = Head(weight_VD, head.bias_V, head.scale, head.softcap, head.rows)
-        logp_MV = local.logp(hidden_MD, temperature)
+        logp_MV = replace(head, weight_VD=weight_VD).logp(hidden_MD, temperature)
         out = [logp_MV.gather(-1, targets_N[part, None]).squeeze(-1)]
         if entropy:
             out.append(entropy_of(logp_MV))
@@ -96,11 +102,9 @@ def score_tokens(
     pieces: list[tuple[Tensor, ...]] = []
     for part in chunks(len(targets_N), head.vocab_size, chunk_tokens):
         if torch.is_grad_enabled():
-            piece = checkpoint(
-                one, hidden_ND[part], head.weight_VD, part, use_reentrant=False, preserve_rng_state=False
-            )
+            piece = checkpoint(one, hidden_ND[part], weight_VD, part, use_reentrant=False, preserve_rng_state=False)
         else:
-            piece = one(hidden_ND[part], head.weight_VD, part)
+            piece = one(hidden_ND[part], weight_VD, part)
         pieces.append(piece)
     if not pieces:
         empty = (hidden_ND.sum() * 0.0).expand(0)

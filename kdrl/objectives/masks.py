@@ -101,14 +101,14 @@ def truncated(context: MaskContext) -> Tensor:
 
 @register_mask("top_entropy", per="token", entropy=True)
 def top_entropy(context: MaskContext, share: float) -> Tensor:
-    """The `share` of the step's tokens where the rollout policy is least certain (2506.01939)."""
+    """The `share` of the step's tokens where the rollout policy is least certain, ties included (2506.01939)."""
     if context.entropy_N is None:
         raise ValueError("top_entropy needs token entropies, which this batch does not carry")
-    keep = torch.zeros_like(context.row_N, dtype=torch.bool)
-    count = round(share * len(keep))
-    # A stable sort breaks ties by position, so that the kept count is exact and the order of chunks is irrelevant.
-    keep[context.entropy_N.argsort(descending=True, stable=True)[:count]] = True
-    return keep
+    count = round(share * len(context.entropy_N))
+    if count == 0:
+        return torch.zeros_like(context.row_N, dtype=torch.bool)
+    # Ties with the last one are all kept: first tokens of a group are alike, and the order of rows must not choose.
+    return context.entropy_N >= context.entropy_N.topk(count).values[-1]
 
 
 def check_mask(spec: Any) -> None:

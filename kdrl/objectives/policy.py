@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import model_serializer, model_validator
+from pydantic import Field, model_serializer, model_validator
 from torch import Tensor
 
 from kdrl.config import Config
@@ -44,8 +44,11 @@ class Advantage(Config):
         return next((name for name, spec in NAMED_ADVANTAGES.items() if spec == mine), mine)
 
 
-def _spread(values: Tensor) -> Tensor:
-    return values.std(unbiased=True) if len(values) > 1 else values.new_zeros(())
+def _scaled(values: Tensor, rewards: Tensor) -> Tensor:
+    """Divide by the rewards' sample standard deviation; rewards that do not differ teach nothing."""
+    if len(rewards) < 2 or bool((rewards == rewards[0]).all()):
+        return torch.zeros_like(values)
+    return values / (rewards.std(unbiased=True) + EPSILON)
 
 
 def advantages(spec: Advantage, rewards_B: Tensor, group_B: Tensor) -> Tensor:
@@ -68,8 +71,8 @@ def advantages(spec: Advantage, rewards_B: Tensor, group_B: Tensor) -> Tensor:
             # leave-one-out: r_i - (sum - r_i)/(n-1) = (r_i - mean) n/(n-1)
             loo = size / (size - 1) if spec.baseline == "leave_one_out" else 1.0
             value = (rewards - rewards.mean()) * loo
-        out[mine] = value / (_spread(rewards) + EPSILON) if spec.scale == "group_std" else value
-    return out / (_spread(rewards_B) + EPSILON) if spec.scale == "batch_std" else out
+        out[mine] = _scaled(value, rewards) if spec.scale == "group_std" else value
+    return _scaled(out, rewards_B) if spec.scale == "batch_std" else out
 
 
 class Clip(Config):
@@ -77,13 +80,13 @@ class Clip(Config):
 
     kind: Literal["ppo", "cispo", "none"] = "ppo"
     """`ppo`: min(rA, clip(r)A); `cispo`: sg(min(r, cap)) A log pi; `none`: rA."""
-    low: float = 0.2
+    low: float = Field(default=0.2, ge=0.0, le=1.0)
     """The ratio is not rewarded below 1 - low (ppo)."""
-    high: float = 0.2
+    high: float = Field(default=0.2, ge=0.0)
     """The ratio is not rewarded above 1 + high (ppo); larger than low is DAPO's clip-higher."""
     dual: float | None = None
     """For negative advantages the loss is bounded by dual * |A| (dual clip, 1912.09729; ppo); must exceed 1."""
-    cap: float | None = None
+    cap: float | None = Field(default=None, gt=0.0)
     """Largest weight of a token (cispo only): the ratio itself, not 1 + cap; 5 in the ScaleRL recipe (2510.13786)."""
 
     @model_validator(mode="after")

@@ -49,7 +49,8 @@ def wsd(step: int, total: int, peak: float, warmup: int = 0, decay: int | None =
     """Warm up to `peak` in `warmup` steps, stay, and fall linearly to `floor` in the last `decay` (default a fifth)."""
     tail = max(1, total // 5 if decay is None else decay)
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    return floor + (peak * rise - floor) * min(1.0, (total - step) / tail) if step >= total - tail else peak * rise
+    left = min(1.0, max(0.0, (total - step) / tail))
+    return floor + (peak * rise - floor) * left
 
 
 @register_schedule("switch")
@@ -71,20 +72,20 @@ class Schedule:
             raise ValueError(
                 f"a schedule is a number or a mapping such as {{linear: {{from: 1, to: 0}}}}, not {spec!r}"
             )
-        if isinstance(spec, int | float):
+        if isinstance(spec, int | float) and math.isfinite(spec):
             self._function, self._settings = constant, {"value": float(spec)}
             return
         if not isinstance(spec, dict):
             raise ValueError(f"{spec!r} is not a number; a schedule is a number or {{linear: {{from: 1, to: 0}}}}")
         spec = dict(spec)
         self.warmup = spec.pop("warmup", 0)
-        if not isinstance(self.warmup, int) or self.warmup < 0:
+        if isinstance(self.warmup, bool) or not isinstance(self.warmup, int) or self.warmup < 0:
             raise ValueError("warmup is a number of steps, 0 or more")
         if len(spec) != 1:
             raise ValueError(f"a schedule names one kind, not {list(spec) or 'none'}; kinds: {', '.join(SCHEDULES)}")
         name, settings = next(iter(spec.items()))
         if name not in SCHEDULES:
-            raise ValueError(f"no schedule is called {name!r}{nearest(name, SCHEDULES)}")
+            raise ValueError(f"no schedule is called {name!r}{nearest(str(name), SCHEDULES)}")
         self._function = SCHEDULES.get(name)
         self._settings = self._checked(name, settings)
 
@@ -96,7 +97,10 @@ class Schedule:
         for key, value in settings.items():
             if key not in named:
                 raise ValueError(f"schedule {name} has no setting {key!r}{nearest(key, named)}")
-            if isinstance(value, bool) or not isinstance(value, int | float | None):
+            left_open = value is None and named[key].default is None
+            if not left_open and (
+                isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+            ):
                 raise ValueError(f"{name}.{key} is a number, not {value!r}")
         missing = [k for k, p in named.items() if p.default is p.empty and k not in settings]
         if missing:

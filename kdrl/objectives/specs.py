@@ -16,7 +16,10 @@ DEFAULT_PLACEMENT: dict[str, Placement] = {"k1": "advantage", "k2": "loss", "k3"
 
 def _only_key(raw: Any, allowed: set[str], what: str) -> tuple[str, Any]:
     if isinstance(raw, dict) and len(raw) == 1 and (key := next(iter(raw))) in allowed:
-        return key, raw[key]
+        value = raw[key]
+        if isinstance(value, bool) or (isinstance(value, dict) and "kind" in value):
+            raise ValueError(f"{key} takes no {'kind' if isinstance(value, dict) else value!r}")
+        return key, value
     raise ValueError(f"{what} is one of {', '.join(sorted(allowed))} with its value, not {raw!r}")
 
 
@@ -83,7 +86,9 @@ class Support(Config):
             key, value = _only_key(raw, {"topk", "token"}, "a support mapping")
             if key == "topk":
                 return {"kind": "topk", **(value if isinstance(value, dict) else {"k": value})}
-            return {"kind": "token", **(value if isinstance(value, dict) else {"estimator": value})}
+            inner = value if isinstance(value, dict) else {"estimator": value}
+            usual = DEFAULT_PLACEMENT.get(str(inner.get("estimator")))
+            return {"kind": "token", "as": usual, **inner}
         return raw
 
     @model_validator(mode="after")
@@ -99,8 +104,8 @@ class Support(Config):
     @property
     def place(self) -> Placement:
         """The placement in force: what the recipe says, else the one that teaches for this estimator."""
-        assert self.estimator is not None
-        return self.placement or DEFAULT_PLACEMENT[self.estimator]
+        assert self.placement is not None
+        return self.placement
 
     @model_serializer
     def _write(self) -> Any:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdrl.objectives.divergence import finite
+
 
 def _tail(logp_NV: Tensor, ids_NK: Tensor) -> Tensor:
     """Log mass outside `ids`, computed from the outcomes themselves and never as 1 - sum."""
-    return logp_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(-1, keepdim=True)
+    # Raised off -inf first: a tail in which every outcome is ruled out would have a NaN gradient.
+    return finite(logp_NV.scatter(-1, ids_NK, -torch.inf)).logsumexp(-1, keepdim=True)
 
 
 def bucket(logp_NV: Tensor, ids_NK: Tensor) -> Tensor:

@@ -144,6 +144,12 @@ class PolicyGradientConfig(TermConfig):
     clip: Clip = Clip()
     """Symmetric {low: .2, high: .2}, clip-higher {high: .28}, {dual: 3}, {kind: cispo, cap: 5}, or {kind: none}."""
 
+    @model_validator(mode="after")
+    def _check(self) -> PolicyGradientConfig:
+        if self.ratio == "none" and self.clip != Clip():
+            raise ValueError("clip bounds the importance ratio, and `ratio: none` has none; leave clip out")
+        return self
+
 
 @TERMS.add("policy_gradient")
 class PolicyGradient(Term[PolicyGradientConfig]):
