@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
 
 from kdrl.errors import UserError
@@ -80,12 +82,18 @@ def quiet() -> Iterator[None]:
     """No progress bars or advice of the library while inside: the run has a display of its own."""
     log = transformers.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    # The reader of GGUF files has a bar of its own, which heeds no setting.
+    bar = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
     log.set_verbosity_error()
     log.disable_progress_bar()
+    if bar is not None:
+        modeling_gguf_pytorch_utils.tqdm = partial(bar, disable=True)  # type: ignore[attr-defined]
     try:
         yield
     finally:
         log.set_verbosity(level)
+        if bar is not None:
+            modeling_gguf_pytorch_utils.tqdm = bar  # type: ignore[attr-defined]
         if bars:
             log.enable_progress_bar()
 

@@ -21,7 +21,8 @@ def save_final(loaded: LoadedModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model: Any = loaded.model
     if hasattr(model, "peft_config"):
-        model.save_pretrained(folder / "adapter")
+        # Left to itself, peft looks for the base model's config, on the hub too, to see whether tokens were added.
+        model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         (folder / "adapter" / "README.md").unlink(missing_ok=True)  # peft's empty model card
         # Merging and unmerging rounds, so the merge happens on a copy.
         model = copy.deepcopy(model).merge_and_unload()
