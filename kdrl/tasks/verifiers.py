@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
@@ -60,7 +61,8 @@ def math(response: str, problem: Problem) -> bool:
     """Mathematically equal, by math-verify (LaTeX, expressions, sets); it finds the answer in a whole response."""
     from math_verify import parse, verify
 
-    # Its own time-outs are alarms; the pool stops what takes too long.
+    # Its own time-outs are alarms; the pool stops what takes too long. It would warn that they are off.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     gold_text = str(problem.answer)
     gold = parse(gold_text if "$" in gold_text or "\\boxed" in gold_text else f"${gold_text}$", parsing_timeout=0)
     if not gold:

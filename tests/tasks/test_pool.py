@@ -125,6 +125,13 @@ def test_hostile_responses_cost_only_themselves(caplog: pytest.LogCaptureFixture
     assert "hello" not in capfd.readouterr().out, "what a verifier prints must not reach the terminal"
 
 
+def test_math_says_nothing_beside_its_verdict(capfd: Any) -> None:
+    with VerifierPool(TaskConfig.model_validate({"path": "x.jsonl", "verifier": {"name": "math"}})) as pool:
+        verdicts = pool.score(items(["so it is $5$", "it is 6", "\\frac{", ""], answer="5"))
+    assert [v.correct for v in verdicts] == [True, False, False, False]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_waiting_for_a_worker_does_not_count() -> None:
     with VerifierPool(config(), workers=1, timeout_s=1.5) as pool:
         verdicts = pool.score(items(["nap"] * 6))
