@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from kdrl.config import Config
 from kdrl.errors import UserError, nearest
+from kdrl.problems import explain_validation
 from kdrl.results import Comparison, EvaluationResult, Record, Response, compare, results_table
 from kdrl.seeds import derive
 
@@ -245,7 +246,7 @@ def _chosen_config(config: EvaluateConfig | None, recipe: Any, overrides: dict[s
     try:
         return EvaluateConfig.model_validate({**base.model_dump(), **said})
     except ValidationError as error:
-        raise UserError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from error
+        raise UserError("; ".join(explain_validation(error, EvaluateConfig, "evaluate."))) from error
 
 
 def _model_config(model: str, recipe: Any) -> TeacherModelConfig:

@@ -255,6 +255,11 @@ def describe_fields(kind: type[Config] = Recipe, prefix: str = "") -> list[tuple
     return rows
 
 
+def describe_terms() -> list[tuple[str, str, str]]:
+    """The settings of every objective term, as `describe_fields` gives the recipe's keys."""
+    return [row for name in TERMS for row in describe_fields(TERMS.get(name).Config, f"objective.{name}.")]
+
+
 def _section(annotation: Any) -> type[Config] | None:
     options = [annotation, *get_args(annotation)]
     found = [o for o in options if isinstance(o, type) and issubclass(o, Config)]

@@ -103,7 +103,9 @@ def _run(recipe: Recipe, run_dir: Path, say: Say, *, resume: bool) -> RunResult:
         for note in builder.notes:
             say(f"note: {note}")
         if not resume:
-            (run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            part = run_dir / ".recipe.part"
+            part.write_text(recipe.to_yaml(), encoding="utf-8")
+            part.replace(run_dir / "recipe.yaml")
             write_environment(run_dir / "environment.json")
         parts = builder.parts()
         stack.callback(parts.checkpoints.close)

@@ -252,11 +252,11 @@ class Trainer:
 
     def _count_calls(self, scored: Scored) -> None:
         """Responses that the teacher was asked about, and those that a mask kept from it."""
-        calls = sum(e.calls for e in scored.evidence.values())
-        rows = [set(scored.rollouts.row_N[a.eligible_N].tolist()) for a in scored.active if a.teacher]
-        eligible = len(set().union(*rows)) if rows else 0
-        self.progress.teacher_calls += calls
-        self.progress.teacher_calls_saved += max(0, eligible - calls)
+        for name, evidence in scored.evidence.items():
+            asking = [a.eligible_N for a in scored.active if a.teacher == name]
+            eligible = scored.rollouts.row_N[torch.stack(asking).any(0)].unique()
+            self.progress.teacher_calls += evidence.calls
+            self.progress.teacher_calls_saved += len(eligible) - evidence.calls
 
     def _lr(self, step: int) -> float:
         config = self.recipe.optimizer
