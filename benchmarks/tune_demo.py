@@ -1,4 +1,4 @@
-"""Choose the demo's rates and weights per arm, four settings each, on the development split only.
+"""Choose the demo's rates and weights per arm, six settings each, on the development split only.
 
 python benchmarks/tune_demo.py            # about 20 minutes on two cores, two runs at a time
 Writes benchmarks/results/demo-tuning.json. The held-out split is never looked at: evaluate.final_problems=0.
@@ -25,15 +25,22 @@ def falling(start: float, end: float) -> str:
 
 
 ARMS: dict[str, list[list[str]]] = {
-    "grpo": [[f"optimizer.lr={lr}"] for lr in ("5e-5", "1e-4", "2e-4", "4e-4")],
-    "opd": [[f"optimizer.lr={lr}"] for lr in ("1e-4", "2e-4", "3e-4", "5e-4")],
+    "grpo": [[f"optimizer.lr={lr}"] for lr in ("1e-5", "2e-5", "5e-5", "1e-4", "2e-4", "4e-4")],
+    "opd": [[f"optimizer.lr={lr}"] for lr in ("1e-4", "1.5e-4", "2e-4", "2.5e-4", "3e-4", "5e-4")],
     "kdrl": [
         [f"optimizer.lr={lr}", f"{PG}={pg}", f"{KD}=1.0"]
-        for lr, pg in (("1e-4", 1.0), ("2e-4", 1.0), ("2e-4", 0.3), ("3e-4", 0.3))
+        for lr, pg in (("1e-4", 1.0), ("1e-4", 0.3), ("1.5e-4", 0.3), ("2e-4", 1.0), ("2e-4", 0.3), ("3e-4", 0.3))
     ],
     "kdrl-annealed": [
-        [f"optimizer.lr={lr}", f"{PG}={pg}", f"{KD}={falling(1.5, 0.5)}", WRONG]
-        for lr, pg in (("1e-4", 1.0), ("2e-4", 1.0), ("2e-4", 0.3), ("3e-4", 0.3))
+        [f"optimizer.lr={lr}", f"{PG}={pg}", f"{KD}={falling(*ends)}", WRONG]
+        for lr, pg, ends in (
+            ("1e-4", 1.0, (1.5, 0.5)),
+            ("1e-4", 1.0, (1.0, 0.1)),
+            ("1e-4", 1.0, (2.0, 1.0)),
+            ("2e-4", 1.0, (1.5, 0.5)),
+            ("2e-4", 0.3, (1.5, 0.5)),
+            ("3e-4", 0.3, (1.5, 0.5)),
+        )
     ],
 }
 
@@ -58,7 +65,7 @@ def run(arm: str, settings: list[str], folder: Path, steps: int) -> dict[str, ob
 
 def main() -> None:
     """All settings of all arms, or of those named, two at a time."""
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 130
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 120
     arms = sys.argv[2].split(",") if len(sys.argv) > 2 else list(ARMS)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(run, arm, s, Path(folder), steps) for arm in arms for s in ARMS[arm]]

@@ -52,6 +52,11 @@ class Builder:
         self.teacher = self._load_teacher()
         self.task = self._task()
         self.pool = stack.enter_context(VerifierPool(recipe.task))
+        if recipe.student.dtype == "bfloat16" and recipe.student.lora is None:
+            self.notes.append(
+                "bfloat16 weights round small updates away (a step below 1/256 of a weight is lost); float32 with "
+                "student.autocast=bfloat16, or student.lora, learns at small rates too"
+            )
         self.engine = TorchEngine(self.student, recipe.rollout.rows, filtered_ok=recipe.rollout.filtered)
         self._check_lengths()
         self._check_evaluation()
@@ -82,7 +87,12 @@ class Builder:
 
     def _check_lengths(self) -> None:
         models = {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
-        check_lengths(models, take(self.task.problems("train"), 64), self.recipe)
+        stream = self.task.problems("train")
+        # A generated task goes on for ever, so a sample has to do; of a file every problem is measured.
+        check_lengths(models, take(stream, 64 if stream.size is None else stream.size), self.recipe)
+        if stream.skipped:
+            counts = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in stream.skipped.items())
+            self.notes.append(f"training problems left out: {counts}")
 
     def _check_evaluation(self) -> None:
         # A missing split must not be found out after the training.
@@ -192,4 +202,5 @@ class Builder:
             evaluate=self.development,
             device=self.device,
             text=text if isinstance(text, TeacherSource) else None,
+            skipped=lambda: stream.skipped,
         )

@@ -13,7 +13,8 @@ OF_CORRECTNESS = {"wrong_response", "right_response", "wrong_group"}
 
 def build_objective(recipe: Recipe) -> Objective:
     """The recipe's terms, ready to run."""
-    return Objective([TERMS.get(entry.name)(entry.config) for entry in recipe.objective])
+    terms = [TERMS.get(entry.name)(entry.config) for entry in recipe.objective]
+    return Objective(terms, drop_flat=recipe.rollout.dynamic_sampling > 0)
 
 
 def teacher_terms(objective: Objective) -> list[Term]:
@@ -100,6 +101,12 @@ def _check_term(recipe: Recipe, name: str, term: Term) -> None:
         raise UserError(
             f"objective.{name} estimates a KL from the student's own samples; on {foreign} "
             "text that is not its gradient. Set on: [student], or support: full."
+        )
+    judged = mask_names(config.mask) & OF_CORRECTNESS
+    if read == {"gold"} and judged:
+        raise UserError(
+            f"objective.{name}.mask {min(judged)} looks at verdicts, and gold text is right by definition, so it keeps "
+            "all or nothing; leave it out."
         )
     if term.name == "cross_entropy" and recipe.rollout.temperature != 1.0:
         raise UserError("cross_entropy is the likelihood at temperature 1; set rollout.temperature to 1.")

@@ -42,6 +42,23 @@ class _TrainCommand(TyperCommand):
         return "\n".join(lines)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from kdrl import __version__
+
+        _say(f"kdrl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Post-train reasoning language models by unified knowledge distillation and reinforcement learning."""
+
+
 @app.command(cls=_TrainCommand)
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="Recipe file (YAML), or the folder of a run.")] = None,
@@ -65,6 +82,10 @@ def train(
     if "=" in str(recipe) and not recipe.exists():
         raise UserError(f"{str(recipe)!r} looks like an override; the recipe file comes first.")
     if dry_run:
+        if output is not None:
+            from kdrl.run import check_output
+
+            check_output(output)
         _dry_run(recipe, overrides or [])
         return
     from kdrl.run import train as train_run
@@ -76,8 +97,10 @@ def _dry_run(recipe: Path, overrides: list[str]) -> None:
     from kdrl.explain import explain_objective
     from kdrl.planning import memory_plan
     from kdrl.recipe import load_recipe
+    from kdrl.tasks import build_task
 
     resolved = load_recipe(recipe, overrides)
+    build_task(resolved.task, resolved.seed, lambda problem: 0)
     console.print(resolved.to_yaml(), markup=False)
     console.print(explain_objective(resolved), markup=False)
     console.print(memory_plan(resolved).table())

@@ -37,14 +37,15 @@ def _outcomes(collected: Collected) -> dict[str, Any]:
     }
 
 
-def _teacher_gap(scored: Scored, logq_N: Tensor | None) -> dict[str, float]:
+def _teacher_gap(scored: Scored, logq_N: Tensor | None) -> dict[str, float | None]:
     """Mean R = log p - log q over the student's tokens that the teacher scored, and its share beyond the clamp."""
-    evidence = scored.evidence.get("teacher")
+    evidence = scored.evidence.get("teacher", scored.evidence.get("self"))
+    nothing: dict[str, float | None] = {"log_ratio_mean": None, "log_ratio_beyond_clamp": None, "kl_teacher": None}
     if evidence is None or logq_N is None:
-        return {}
+        return nothing
     both_N = evidence.scored_N & ~logq_N.isnan()
     if not bool(both_N.any()):
-        return {}
+        return nothing
     ratio = (evidence.logp_N - logq_N)[both_N]
     bounds = [a.term.config.clamp for a in scored.active if isinstance(a.term, Distill) and a.term.config.clamp]
     beyond = float((ratio.abs() > bounds[0]).float().mean()) if bounds else 0.0
@@ -52,12 +53,12 @@ def _teacher_gap(scored: Scored, logq_N: Tensor | None) -> dict[str, float]:
     return {"log_ratio_mean": mean, "log_ratio_beyond_clamp": beyond, "kl_teacher": -mean}
 
 
-def _masked_share(scored: Scored) -> dict[str, float]:
-    """Share of the distillation terms' tokens that their masks leave out."""
-    asking = [a for a in scored.active if a.term.family == "kd"]
+def _masked_share(scored: Scored) -> dict[str, float | None]:
+    """Share of the tokens of terms with a teacher that their masks leave out; null where no term asks one."""
+    asking = [a for a in scored.active if a.teacher]
     eligible = sum(int(a.eligible_N.sum()) for a in asking)
     kept = sum(int(a.keep_N.sum()) for a in asking)
-    return {"masked_share": 1.0 - kept / eligible} if eligible else {}
+    return {"masked_share": 1.0 - kept / eligible if eligible else None}
 
 
 def step_row(
@@ -75,16 +76,15 @@ def step_row(
     row: dict[str, Any] = {"step": progress.step} | _outcomes(collected)
     row["loss"] = sum(weights[name] * value for name, value in tally.loss.items()) / updates
     row["grad_norm"] = _mean(norms)
-    row["entropy"] = tally.entropy / max(1, tally.tokens)
+    row["entropy"] = tally.entropy / tally.tokens if tally.tokens else None
     row |= {f"loss/{name}": value / updates for name, value in tally.loss.items()}
     if tally.policy_tokens:
         row["clipped_share"] = tally.held / tally.policy_tokens
     if tally.student_tokens:
         row["sampling_mismatch"] = tally.mismatch / tally.student_tokens
     row |= _teacher_gap(scored, scored.sampled_N) | _masked_share(scored)
-    if scored.evidence:
-        row["teacher_calls"] = progress.teacher_calls
-        row["teacher_calls_saved"] = progress.teacher_calls_saved
+    row["teacher_calls"] = progress.teacher_calls
+    row["teacher_calls_saved"] = progress.teacher_calls_saved
     row["responses"] = progress.responses
     row["skipped_updates"] = progress.skipped_updates
     written = sum(len(r.token_ids) for r in collected.responses)
@@ -94,16 +94,16 @@ def step_row(
     return row | {f"time/{name}": value for name, value in seconds.items()}
 
 
-def balance(updater: Updater, scored: Scored, rows: Sequence[int]) -> dict[str, float]:
+def balance(updater: Updater, scored: Scored, rows: Sequence[int]) -> dict[str, float | None]:
     """Norm ratio and cosine of the distillation and reward gradients, each as weighted in the objective.
 
     A pass of its own per side, so that logging never changes the bytes of the run.
     """
+    terms = {family: [a for a in scored.active if a.term.family == family] for family in ("kd", "rl")}
+    if not all(terms.values()):
+        return {"kd_rl_norm_ratio": None, "kd_rl_cosine": None}
     sides: dict[str, list[Tensor | None]] = {}
-    for family in ("kd", "rl"):
-        active = [a for a in scored.active if a.term.family == family]
-        if not active:
-            return {}
+    for family, active in terms.items():
         part = Scored(
             scored.rollouts,
             active,
@@ -118,10 +118,13 @@ def balance(updater: Updater, scored: Scored, rows: Sequence[int]) -> dict[str, 
         updater.clear()
     kd, rl = sides["kd"], sides["rl"]
     kd_norm, rl_norm = _dot(kd, kd) ** 0.5, _dot(rl, rl) ** 0.5
-    found = {"kd_norm": kd_norm, "rl_norm": rl_norm}
-    if kd_norm > 0 and rl_norm > 0:
-        found |= {"kd_rl_norm_ratio": kd_norm / rl_norm, "kd_rl_cosine": _dot(kd, rl) / (kd_norm * rl_norm)}
-    return found
+    both = kd_norm > 0 and rl_norm > 0
+    return {
+        "kd_norm": kd_norm,
+        "rl_norm": rl_norm,
+        "kd_rl_norm_ratio": kd_norm / rl_norm if both else None,
+        "kd_rl_cosine": _dot(kd, rl) / (kd_norm * rl_norm) if both else None,
+    }
 
 
 def _dot(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:

@@ -18,7 +18,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def assign(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
     """Set a dotted key in place; objective entries are reached by term name, or by index where two are of a kind."""
-    parts = key.split(".")
+    parts = _by_index(raw, key.split("."))
     node: Any = raw
     for depth, part in enumerate(parts[:-1]):
         trail = ".".join(parts[: depth + 1])
@@ -36,6 +36,17 @@ def assign(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
     if isinstance(node, list):
         raise UserError(f"{where}: {key} needs a setting after the term, as in objective.distill.weight=0.5.")
     node[parts[-1]] = value
+
+
+def _by_index(raw: dict[str, Any], parts: list[str]) -> list[str]:
+    """`objective.distill.1.weight`, as metrics name the second of two, as `objective.2.weight`."""
+    entries = raw.get("objective")
+    if len(parts) < 3 or parts[0] != "objective" or not parts[2].isdigit() or not isinstance(entries, list):
+        return parts
+    names = [next(iter(entry)) if isinstance(entry, dict) and entry else entry for entry in entries]
+    places = [i for i, name in enumerate(names) if name == parts[1]]
+    which = int(parts[2])
+    return ["objective", str(places[which]), *parts[3:]] if which < len(places) else parts
 
 
 def _entry(entries: list[Any], part: str, trail: str, where: str) -> dict[str, Any]:

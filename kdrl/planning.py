@@ -10,6 +10,7 @@ from kdrl.errors import UserError
 from kdrl.memory import MemoryPlan, plan
 from kdrl.model_shape import ModelShape, adapter_parameters
 from kdrl.models.config import NewModel, NewTokenizer, TeacherModelConfig
+from kdrl.models.loading import quiet
 from kdrl.models.scratch import character_tokenizer, new_model_config
 from kdrl.models.sources import explain, find_origin
 from kdrl.recipe import Recipe
@@ -27,7 +28,8 @@ def config_of(section: TeacherModelConfig) -> PretrainedConfig:
         return new_model_config(section.model, len(tokenizer), tokenizer)
     origin = find_origin(section)
     try:
-        return AutoConfig.from_pretrained(origin.name, **origin.options)
+        with quiet():
+            return AutoConfig.from_pretrained(origin.name, **origin.options)
     except Exception as error:
         raise UserError(explain(error, origin.label, "model")) from error
 

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class RunResult:
     """What a finished run left: its folder and its held-out evaluations (`final`, `start`, `teacher`), if any."""
 
     run_dir: Path
-    evaluations: dict[str, EvaluationResult]
+    evaluations: dict[str, EvaluationResult] = field(repr=False)
 
     @property
     def model(self) -> Path:
@@ -79,7 +79,8 @@ def resume(run_dir: str | Path, *, say: Say | None = None) -> RunResult:
     return _run(recipe, folder, say or print, resume=True)
 
 
-def _claim(run_dir: Path) -> None:
+def check_output(run_dir: Path) -> None:
+    """Raise UserError unless the folder is new or empty."""
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         if (run_dir / "recipe.yaml").exists():
             raise UserError(
@@ -87,6 +88,10 @@ def _claim(run_dir: Path) -> None:
                 "--output."
             )
         raise UserError(f"{run_dir} exists and is not an empty folder; choose another --output.")
+
+
+def _claim(run_dir: Path) -> None:
+    check_output(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -71,6 +71,7 @@ class Parts:
     evaluate: Callable[[], Mapping[str, float | None]]
     device: str
     text: TeacherSource | None = None
+    skipped: Callable[[], Mapping[str, int]] = dict
 
 
 @dataclass
@@ -211,17 +212,18 @@ class Trainer:
             for n, w in zip(self.parts.objective.names, self.parts.objective.weights(step, total), strict=True)
         }
         row |= {f"verifier/{k}": v for k, v in self.progress.verdicts.items()}
+        row |= {f"skipped/{reason}": count for reason, count in self.parts.skipped().items()}
         return row, collected.responses
 
     def _wanted_groups(self, rollouts: Rollouts, step: int) -> set[int]:
-        """Groups in which a term other than the policy gradient keeps a token (for dynamic sampling)."""
+        """Groups in which a distillation term keeps a token (for dynamic sampling)."""
         entropy_N = None
         if self.parts.objective.wants_entropy_mask:
             entropy_N = self.parts.updater.score_policy(rollouts, self.recipe.rollout.temperature)[1]
         active = self.parts.objective.activate(rollouts, step, self.recipe.steps, entropy_N)
         kept: set[int] = set()
         for each in active:
-            if each.term.family != "rl":
+            if each.term.family == "kd":
                 kept |= set(rollouts.group_B[rollouts.row_N[each.keep_N]].tolist())
         return kept
 
@@ -263,11 +265,12 @@ class Trainer:
         rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
         return rise * config.lr(step, self.recipe.steps)
 
-    def _update(self, scored: Scored, step: int) -> tuple[Tally, list[float], dict[str, float]]:
+    def _update(self, scored: Scored, step: int) -> tuple[Tally, list[float], dict[str, float | None]]:
         config, updater = self.recipe.optimizer, self.parts.updater
         for group in self.parts.optimizer.param_groups:
             group["lr"] = self._lr(step)
-        tally, norms, balanced = Tally(), [], {}
+        tally, norms = Tally(), list[float]()
+        balanced: dict[str, float | None] = {}
         every = self.recipe.log.gradients_every
         for epoch in range(config.epochs):
             for rows in self._minibatches(scored.rollouts.rows, step, epoch):

@@ -17,5 +17,5 @@ arm() {
 arm grpo method=grpo
 arm opd method=opd
 arm kdrl method=kdrl
-arm kdrl-annealed-wrong method=kdrl-annealed objective.distill.mask=wrong_response
+arm kdrl-annealed method=kdrl-annealed objective.distill.mask=wrong_response
 "$kdrl" report "$runs"/*/

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -84,6 +85,9 @@ def quiet() -> Iterator[None]:
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     # The reader of GGUF files has a bar of its own, which heeds no setting.
     bar = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
+    hub = logging.getLogger("huggingface_hub")  # tells every retry of a hub that cannot be reached
+    hub_level = hub.level
+    hub.setLevel(logging.CRITICAL)
     log.set_verbosity_error()
     log.disable_progress_bar()
     if bar is not None:
@@ -91,6 +95,7 @@ def quiet() -> Iterator[None]:
     try:
         yield
     finally:
+        hub.setLevel(hub_level)
         log.set_verbosity(level)
         if bar is not None:
             modeling_gguf_pytorch_utils.tqdm = bar  # type: ignore[attr-defined]

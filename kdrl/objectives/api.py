@@ -14,12 +14,8 @@ from kdrl.objectives.estimators import token_loss
 from kdrl.objectives.terms import DistillConfig, distribution_loss
 from kdrl.problems import explain_validation
 
-_NOT_HERE = {
-    "weight": "multiplies the reduced loss",
-    "mask": "needs rewards",
-    "reduce": "averages",
-    "on": "needs rollouts",
-}
+# What a run does before the per-token loss and single tokens cannot show: only what changes nothing is taken.
+_WHOLE_RUN = {"mask": "all", "skip_eos": False}
 
 
 def divergence(
@@ -31,21 +27,27 @@ def divergence(
 ) -> Tensor:
     """Per-token loss `[..., T]` in nats that a run would reduce, differentiable in the student's logits `[..., T, V]`.
 
-    `spec` is a recipe's `distill` mapping (`divergence`, `support`, `clamp`); `tokens` `[..., T]` are the sampled
+    `spec` is a recipe's `distill` mapping; its weight, reduce, on and teacher act on the loss that is given back, so
+    they are checked and change nothing here; `tokens` `[..., T]` are the sampled
     tokens, which `{token: ...}` support needs; where `mask` `[..., T]` is false the loss is 0.
-    Raises UserError for a spec that cannot teach, for shapes that differ, and for keys that act on a whole run
-    (weight, mask, reduce, on, skip_eos). Logits are never padded: slice both to the tokenizer's size first.
+    Raises UserError for a spec that cannot teach, for shapes that differ, and for a mask or skip_eos in the spec.
+    Logits are never padded: slice both to the tokenizer's size first.
     """
     if not isinstance(spec, Mapping):
         raise UserError(f"spec is a mapping such as {{'divergence': 'reverse_kl', 'support': 'full'}}, not {spec!r}")
-    for key in spec:
-        if key in _NOT_HERE or key == "skip_eos":
-            why = _NOT_HERE.get(key, "needs to know where responses end: use `mask=`")
-            raise UserError(f"kdrl.divergence takes no {key!r}: it {why}. Leave it out, or train with a recipe.")
+    for key, harmless in _WHOLE_RUN.items():
+        if spec.get(key, harmless) != harmless:
+            raise UserError(
+                f"kdrl.divergence sees single tokens and not a run, so it cannot apply {key}: {spec[key]!r}; "
+                "give the tokens to keep as mask=."
+            )
     try:
         config = DistillConfig.model_validate(dict(spec))
     except ValidationError as error:
         raise UserError("; ".join(explain_validation(error, DistillConfig, ""))) from None
+    for name, given in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if not isinstance(given, Tensor) or not given.is_floating_point():
+            raise UserError(f"{name} is a floating-point tensor [..., T, V], not {type(given).__name__}")
     if student_logits.shape != teacher_logits.shape:
         raise UserError(
             f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ; "
@@ -65,7 +67,11 @@ def divergence(
     else:
         if tokens is None:
             raise UserError("support {token: ...} needs tokens=, the sampled token ids [..., T]")
-        index = tokens.unsqueeze(-1)
+        if tokens.is_floating_point() or (
+            tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < logq.shape[-1]
+        ):
+            raise UserError(f"tokens are integer ids from 0 to {logq.shape[-1] - 1}, the vocabulary of the logits")
+        index = tokens.long().unsqueeze(-1)
         student, teacher = (logits.gather(-1, index).squeeze(-1) for logits in (logq, logp))
         loss = token_loss(config.support, student, teacher, config.clamp)
     return loss if mask is None else torch.where(mask.bool(), loss, 0.0)

@@ -50,9 +50,9 @@ def divergence_of(spec: Divergence, logp: Tensor, logq: Tensor) -> Tensor:
 
     `{jsd: b}` is J_b / (b(1-b)), which tends to forward KL at b = 0 and to reverse KL at b = 1.
     """
-    if spec.kind == "forward_kl" or (spec.kind == "jsd" and spec.beta == 0.0):
+    if spec.kind == "forward_kl":
         return forward_kl(logp, logq)
-    if spec.kind == "reverse_kl" or (spec.kind == "jsd" and spec.beta == 1.0):
+    if spec.kind == "reverse_kl":
         return reverse_kl(logp, logq)
     assert spec.beta is not None
     value = jensen_shannon(logp, logq, spec.beta)

@@ -49,10 +49,14 @@ class Active:
 
 
 class Objective:
-    """The terms of a run; `names` tell two of a kind apart as `distill.0`, `distill.1`."""
+    """The terms of a run; `names` tell two of a kind apart as `distill.0`, `distill.1`.
 
-    def __init__(self, terms: Sequence[Term[Any]]) -> None:
+    With `drop_flat` (dynamic sampling) policy gradients leave out groups of equal rewards.
+    """
+
+    def __init__(self, terms: Sequence[Term[Any]], *, drop_flat: bool = False) -> None:
         self.terms = tuple(terms)
+        self.drop_flat = drop_flat
         kinds = [t.name for t in self.terms]
         self.names = [k if kinds.count(k) == 1 else f"{k}.{kinds[:i].count(k)}" for i, k in enumerate(kinds)]
 
@@ -86,10 +90,23 @@ class Objective:
                 continue
             eligible_N = rollouts.trained_N & rollouts.origin_N(term.config.on)
             keep_N = eligible_N & evaluate_mask(term.config.mask, context)
+            if self.drop_flat and isinstance(term, PolicyGradient):
+                # Kept for a distillation term's sake; the policy gradient is DAPO's, which never saw them.
+                keep_N = keep_N & _mixed(rollouts)[rollouts.row_N]
             more = term.keep(rollouts.last_N)
             keep_N = keep_N if more is None else keep_N & more
             found.append(Active(name, term, weight, eligible_N, keep_N, _advantages(term, rollouts)))
         return found
+
+
+def _mixed(rollouts: Rollouts) -> Tensor:
+    """Responses of groups whose rewards differ, bool `[B]`."""
+    mixed_B = torch.zeros_like(rollouts.correct_B)
+    for group in rollouts.group_B.unique():
+        mine = rollouts.group_B == group
+        rewards = rollouts.reward_B[mine]
+        mixed_B[mine] = (rewards != rewards[0]).any()
+    return mixed_B
 
 
 def _advantages(term: Term[Any], rollouts: Rollouts) -> Tensor | None:

@@ -40,7 +40,12 @@ class Divergence(Config):
             return {"kind": raw}
         if isinstance(raw, dict) and raw and "kind" not in raw:
             _, value = _only_key(raw, {"jsd"}, "a divergence mapping")
-            return {"kind": "jsd", **(value if isinstance(value, dict) else {"beta": value})}
+            inner = value if isinstance(value, dict) else {"beta": value}
+            # At its ends the scaled divergence is a plain KL, and goes by that name.
+            beta = inner.get("beta")
+            if beta in (0, 1) and inner in ({"beta": beta}, {"beta": beta, "scale": "limits"}):
+                return {"kind": "reverse_kl" if beta == 1 else "forward_kl"}
+            return {"kind": "jsd", **inner}
         return raw
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kdrl.batch import Rollouts, lay_out, pack_rows
+from kdrl.errors import UserError
 from kdrl.models import LoadedModel, head_of, hidden_states
 from kdrl.objectives.head import Head, score_tokens
 from kdrl.teachers.base import Evidence, Need
@@ -44,6 +45,7 @@ class LocalTeacher:
             head = head_of(self.loaded)
             for pack in pack_rows(rollouts, rows, self.budget, privileged=self.privileged):
                 micro = lay_out(rollouts, pack, keep_N, self.loaded.pad_id, privileged=self.privileged)
+                self._check_context(micro.input_ids_BL.shape[1])
                 with self.loaded.autocast():
                     hidden_BLD = hidden_states(self.loaded, micro.input_ids_BL, micro.attention_mask_BL)
                 chosen_MD = hidden_BLD.flatten(0, 1)[micro.place_M]
@@ -62,6 +64,14 @@ class LocalTeacher:
 
     def _keep(self, head: Head) -> Head:
         return head
+
+    def _check_context(self, length: int) -> None:
+        context = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and length > context:
+            raise UserError(
+                f"the teacher reads at most {context} tokens, and a prompt with its response has {length}; lower "
+                "rollout.max_new_tokens or set task.max_prompt_tokens."
+            )
 
 
 class SelfTeacher(LocalTeacher):
