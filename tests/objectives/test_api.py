@@ -126,13 +126,29 @@ def test_any_leading_shape(lead: tuple[int, ...]):
     assert kdrl.divergence(student[..., :0, :], teacher[..., :0, :], {}).shape == (*lead, 0)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("weight", 0.1), ("mask", "wrong_response"), ("reduce", "sum"), ("on", ["student"]), ("skip_eos", True)],
-)
-def test_keys_that_act_on_a_whole_run_are_refused(key: str, value: Any):
-    with pytest.raises(UserError, match=f"takes no '{key}'"):
+@pytest.mark.parametrize(("key", "value"), [("mask", "wrong_response"), ("skip_eos", True)])
+def test_keys_that_single_tokens_cannot_show_are_refused(key: str, value: Any):
+    with pytest.raises(UserError, match=f"cannot apply {key}"):
         kdrl.divergence(*logits(8), {"divergence": "forward_kl", key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("weight", 0.1), ("mask", "all"), ("reduce", "sum"), ("on", ["student"]), ("skip_eos", False)]
+)
+def test_keys_that_act_after_the_loss_leave_it_as_it_is(key: str, value: Any):
+    plain = kdrl.divergence(*logits(8), {"divergence": "forward_kl"})
+    assert torch.equal(kdrl.divergence(*logits(8), {"divergence": "forward_kl", key: value}), plain)
+
+
+@pytest.mark.parametrize("tokens", [TOKENS + 50, TOKENS - 50, TOKENS.double()], ids=["above", "below", "not integers"])
+def test_tokens_outside_the_vocabulary_are_refused(tokens: torch.Tensor):
+    with pytest.raises(UserError, match="integer ids from 0 to"):
+        kdrl.divergence(*logits(8), {"support": {"token": "k2"}}, tokens)
+
+
+def test_what_is_no_tensor_of_logits_is_refused():
+    with pytest.raises(UserError, match="student_logits is a floating-point tensor"):
+        kdrl.divergence(torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3), {})
 
 
 @pytest.mark.parametrize(
