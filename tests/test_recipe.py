@@ -422,6 +422,21 @@ def test_the_recipes_that_ship_are_valid():
     paths = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
     assert len(paths) >= 3
     for path in paths:
-        recipe = load_recipe(path)
+        # The recipe for one's own model leaves to the command line what only its user knows.
+        own = ["student.model=a", "teacher.model=b", "task.path=data.jsonl"] if path.name == "kdrl.yaml" else []
+        recipe = load_recipe(path, own)
         assert recipe.objective
         assert plain(load_recipe(load_yaml(recipe.to_yaml(), "stored"))) == plain(recipe)
+
+
+def test_the_second_of_two_terms_is_reached_as_metrics_name_it():
+    raw = BASE | {"objective": [{"policy_gradient": {}}, {"distill": {}}, {"distill": {"support": {"topk": 2}}}]}
+    recipe = load_recipe(raw, ["objective.distill.1.weight=0.25", "objective.distill.0.weight=0.5"])
+    assert [entry.config.weight.spec for entry in recipe.objective] == [1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("mask", ["wrong_response", {"not": "right_response"}])
+def test_a_mask_of_verdicts_on_gold_text_is_refused(mask: Any):
+    raw = BASE | {"source": "gold", "objective": [{"cross_entropy": {"mask": mask}}]}
+    with pytest.raises(UserError, match="gold text is right by definition"):
+        load_recipe(raw)

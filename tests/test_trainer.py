@@ -143,7 +143,8 @@ def test_a_term_of_weight_zero_asks_nobody(world: Path, tmp_path: Path):
         assert [[a.name for a in s.scored.active] for s in updater.seen] == [["distill"]] + [["policy_gradient"]] * 2
     rows = rows_of(tmp_path)
     assert [r["weight/distill"] for r in rows] == [1, 0, 0]
-    assert "teacher_calls" not in rows[1]
+    assert rows[2]["teacher_calls"] == rows[0]["teacher_calls"] > 0
+    assert rows[1]["log_ratio_mean"] is rows[1]["masked_share"] is None
 
 
 def test_several_updates_use_the_log_probs_from_before_the_first(world: Path, tmp_path: Path):

@@ -133,3 +133,14 @@ def test_a_token_of_no_weight_cannot_spoil_the_loss():
     assert logq.grad is not None
     close(loss.item(), 1.25)
     close(logq.grad, [-0.25, 0.0, -0.5])
+
+
+def test_groups_kept_for_distillation_leave_the_policy_gradient_as_it_was():
+    # Dynamic sampling: DAPO never sees a group of equal rewards, however many a distillation term keeps.
+    made = [TERMS.get(name)(TERMS.get(name).Config()) for name in ("policy_gradient", "distill")]
+    policy, distill = Objective(made, drop_flat=True).activate(ROLLOUTS, 0, 10)
+    assert kept(policy) == [1, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert kept(distill)[5:] == [1, 1, 1, 1]
+    alone = reduction(policy, ROLLOUTS, range(ROLLOUTS.rows))
+    close(alone.sum(), 1.0)
+    assert (alone[5:] == 0).all()
