@@ -43,7 +43,7 @@ $(DEV_STAMP): $(STAMP)
 	$(PIP) install $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
-# One thread: tiny models gain nothing from more, and a busy machine cannot change the order of a sum.
+# One thread: tiny models gain nothing from more, and runs of another thread count differ in the last bit.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 

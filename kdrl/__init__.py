@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,6 @@ if TYPE_CHECKING:
     from kdrl.tasks.verifiers import register_verifier
 
 __version__ = "0.1.0"
-
-# A busy machine must not change how many threads share a sum: a resumed run is to give the same bytes.
-for _name in ("MKL_DYNAMIC", "OMP_DYNAMIC"):
-    os.environ.setdefault(_name, "FALSE")
 
 # Imported on first use: a verifier worker or `kdrl --help` must not pay for torch.
 _HOME = {

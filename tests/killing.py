@@ -52,8 +52,11 @@ def command(arguments: list[str], said: str) -> None:
     """`kdrl ARGUMENTS` in a process group of its own, its output in the file `said`."""
     import sys
 
+    import torch
+
     from kdrl.cli import main
 
+    torch.set_num_threads(1)  # as `work`, for another number of threads adds up in another order
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(said, "wb", buffering=0) as file:
