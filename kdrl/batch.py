@@ -16,12 +16,18 @@ from torch import Tensor
 if TYPE_CHECKING:
     from kdrl.tasks import Problem
 
-Origin = Literal["student", "gold", "teacher", "privileged"]
+# Who wrote a response: the present student; the data; the teacher; the student with privileged context; an earlier
+# student (replayed); student and teacher in turns; their mixture; gold text with some tokens refilled by the student.
+Origin = Literal["student", "gold", "teacher", "privileged", "buffer", "speculative", "mixed", "corrupt"]
 
 
 @dataclass
 class Response:
-    """One response to one problem; `token_ids` include the end-of-sequence token when it `ended`."""
+    """One response to one problem; `token_ids` include the end-of-sequence token when it `ended`.
+
+    `logp` are the student's own log-probs when it was written, `importance` weights of its tokens where another policy
+    sampled them, `privileged_ids` the prompt that a self-teacher reads.
+    """
 
     problem: Problem
     group: int
@@ -31,6 +37,7 @@ class Response:
     ended: bool
     text: str
     logp: list[float] | None = None
+    importance: list[float] | None = None
     trained: list[bool] | None = None
     privileged_ids: list[int] | None = None
     reward: float = 0.0
@@ -47,6 +54,7 @@ class Rollouts:
     row_N: Tensor
     last_N: Tensor
     trained_N: Tensor
+    importance_N: Tensor
     reward_B: Tensor
     correct_B: Tensor
     group_B: Tensor
@@ -63,6 +71,7 @@ class Rollouts:
         last = torch.zeros(offsets[-1], dtype=torch.bool)
         last[[end - 1 for end, r in zip(offsets[1:], responses, strict=True) if r.ended]] = True
         trained = [flag for r in responses for flag in (r.trained or [True] * len(r.token_ids))]
+        importance = [weight for r in responses for weight in (r.importance or [1.0] * len(r.token_ids))]
         rows = torch.repeat_interleave(torch.arange(len(responses)), torch.tensor(lengths, dtype=torch.long))
 
         def column(values: list, dtype: torch.dtype) -> Tensor:
@@ -74,6 +83,7 @@ class Rollouts:
             row_N=rows.to(device),
             last_N=last.to(device),
             trained_N=column(trained, torch.bool),
+            importance_N=column(importance, torch.float32),
             reward_B=column([r.reward for r in responses], torch.float32),
             correct_B=column([r.correct for r in responses], torch.bool),
             group_B=column([r.group for r in responses], torch.long),

@@ -35,6 +35,10 @@ class Entry:
     name: str
     config: TermConfig
 
+    def parts(self) -> dict[str, TermConfig]:
+        """The settings by the term's name."""
+        return {self.name: self.config}
+
 
 def read_entry(raw: Any) -> Entry:
     """One objective entry from its recipe form; raises ValueError saying what is wrong."""

@@ -22,6 +22,7 @@ from kdrl.errors import UserError
 from kdrl.metrics import balance, step_row
 from kdrl.models import LoadedModel
 from kdrl.objectives.objective import Active, Objective
+from kdrl.objectives.schedules import Memory, Moment
 from kdrl.recipe import Recipe
 from kdrl.rollouts import Collected, Collector
 from kdrl.seeds import derive
@@ -95,6 +96,7 @@ class Trainer:
         self.parts = parts
         self.recipe = parts.recipe
         self.progress = Progress()
+        self.memory = Memory.within(parts.recipe)
         self._interrupted = False
 
     def restore(self, saved: Loaded) -> dict[str, int]:
@@ -111,6 +113,7 @@ class Trainer:
                     )
                 names[name].copy_(value)
         self.progress = Progress(**saved.state["progress"])
+        self.memory.states = saved.state["schedules"]
         self.parts.collector.position = self.progress.position
         if self.parts.text is not None:
             self.parts.text.rewind(saved.state["teacher_text"])
@@ -122,6 +125,7 @@ class Trainer:
         trained = {name: p.detach() for name, p in names.items() if p.requires_grad}
         tensors, optimizer = flatten_optimizer(self.parts.optimizer, names)
         state = {"progress": vars(self.progress), "optimizer": optimizer, "offsets": watch.offsets()}
+        state["schedules"] = self.memory.states
         if self.parts.text is not None:
             state["teacher_text"] = self.parts.text.offset()
         groups = {"student": trained, "optimizer": tensors}
@@ -139,6 +143,7 @@ class Trainer:
                 if evaluate_every and (done % evaluate_every == 0 or last):
                     row |= self.parts.evaluate()
                     score = row.get("eval/accuracy")
+                self.memory.update(row, done - 1, self.recipe.steps)
                 watch.step(row, [_sample(r) for r in responses])
                 self._stop_if_broken()
                 best = self._is_best(score)
@@ -187,17 +192,23 @@ class Trainer:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
+    @property
+    def moment(self) -> Moment:
+        """Where the run stands."""
+        return Moment(self.progress.step, self.recipe.steps, self.memory)
+
     def _step(self) -> tuple[dict[str, Any], list[Response]]:
-        step, total, phases = self.progress.step, self.recipe.steps, Phases()
+        moment, phases = self.moment, Phases()
+        step = moment.step
         start = time.perf_counter()
         with phases.of("rollout"):
-            collected = self.parts.collector.collect(step, lambda rollouts: self._wanted_groups(rollouts, step))
+            collected = self.parts.collector.collect(step, lambda rollouts: self._wanted_groups(rollouts, moment))
         phases.seconds["verify"] = collected.verify_seconds
         phases.seconds["rollout"] -= collected.verify_seconds
         rollouts = Rollouts.of(collected.responses, self.parts.device)
-        scored = self._score(rollouts, step, phases)
+        scored = self._score(rollouts, moment, phases)
         with phases.of("update"):
-            tally, norms, balanced = self._update(scored, step)
+            tally, norms, balanced = self._update(scored, moment)
         self.progress.step += 1
         self.progress.position = self.parts.collector.position
         self.progress.responses += collected.generated + collected.privileged_tried
@@ -206,35 +217,35 @@ class Trainer:
             self.progress.verdicts[status] += collected.statuses[status]
         phases.seconds["step"] = time.perf_counter() - start
         row = step_row(self.recipe, self.progress, collected, scored, tally, norms, phases.seconds)
-        row |= {"lr": self._lr(step)} | balanced
+        row |= {"lr": self._lr(moment)} | balanced
         row |= {
             f"weight/{n}": w
-            for n, w in zip(self.parts.objective.names, self.parts.objective.weights(step, total), strict=True)
+            for n, w in zip(self.parts.objective.names, self.parts.objective.weights(moment), strict=True)
         }
         row |= {f"verifier/{k}": v for k, v in self.progress.verdicts.items()}
         row |= {f"skipped/{reason}": count for reason, count in self.parts.skipped().items()}
         return row, collected.responses
 
-    def _wanted_groups(self, rollouts: Rollouts, step: int) -> set[int]:
+    def _wanted_groups(self, rollouts: Rollouts, moment: Moment) -> set[int]:
         """Groups in which a distillation term keeps a token (for dynamic sampling)."""
         entropy_N = None
         if self.parts.objective.wants_entropy_mask:
             entropy_N = self.parts.updater.score_policy(rollouts, self.recipe.rollout.temperature)[1]
-        active = self.parts.objective.activate(rollouts, step, self.recipe.steps, entropy_N)
+        active = self.parts.objective.activate(rollouts, moment, entropy_N)
         kept: set[int] = set()
         for each in active:
             if each.term.family == "kd":
                 kept |= set(rollouts.group_B[rollouts.row_N[each.keep_N]].tolist())
         return kept
 
-    def _score(self, rollouts: Rollouts, step: int, phases: Phases) -> Scored:
+    def _score(self, rollouts: Rollouts, moment: Moment, phases: Phases) -> Scored:
         temperature = self.recipe.rollout.temperature
         several = self.recipe.optimizer.minibatches * self.recipe.optimizer.epochs > 1
         old_N = entropy_N = None
         if several or self.parts.objective.wants_entropy_mask:
             with phases.of("update"):
                 old_N, entropy_N = self.parts.updater.score_policy(rollouts, temperature)
-        active = self.parts.objective.activate(rollouts, step, self.recipe.steps, entropy_N)
+        active = self.parts.objective.activate(rollouts, moment, entropy_N)
         with phases.of("teacher"):
             evidence = {name: self._ask(name, rollouts, active) for name in {a.teacher for a in active} if name}
             reference = None
@@ -260,18 +271,19 @@ class Trainer:
             self.progress.teacher_calls += evidence.calls
             self.progress.teacher_calls_saved += len(eligible) - evidence.calls
 
-    def _lr(self, step: int) -> float:
+    def _lr(self, moment: Moment) -> float:
         config = self.recipe.optimizer
-        rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-        return rise * config.lr(step, self.recipe.steps)
+        rise = min(1.0, (moment.step + 1) / config.warmup) if config.warmup else 1.0
+        return rise * config.lr.at(moment)
 
-    def _update(self, scored: Scored, step: int) -> tuple[Tally, list[float], dict[str, float | None]]:
-        config, updater = self.recipe.optimizer, self.parts.updater
+    def _update(self, scored: Scored, moment: Moment) -> tuple[Tally, list[float], dict[str, float | None]]:
+        config, updater, step = self.recipe.optimizer, self.parts.updater, moment.step
         for group in self.parts.optimizer.param_groups:
-            group["lr"] = self._lr(step)
+            group["lr"] = self._lr(moment)
         tally, norms = Tally(), list[float]()
         balanced: dict[str, float | None] = {}
-        every = self.recipe.log.gradients_every
+        # A scalar that follows the balance must see it at every step.
+        every = 1 if self.memory.follows("kd_rl_norm_ratio") else self.recipe.log.gradients_every
         for epoch in range(config.epochs):
             for rows in self._minibatches(scored.rollouts.rows, step, epoch):
                 first = not norms

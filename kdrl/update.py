@@ -61,12 +61,14 @@ class Updater:
         self.parameters: list[Parameter] = [p for p in student.model.parameters() if p.requires_grad]
 
     @torch.no_grad()
-    def score_policy(self, rollouts: Rollouts, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of all trained tokens under the present policy, both `[N]`."""
+    def score_policy(
+        self, rollouts: Rollouts, temperature: float, rows: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of all trained tokens (of `rows`) under the present policy, both `[N]`."""
         logp_N = torch.zeros(rollouts.tokens, device=rollouts.tokens_N.device)
         entropy_N = torch.zeros_like(logp_N)
         head = head_of(self.student)
-        for pack in pack_rows(rollouts, range(rollouts.rows), self.budget):
+        for pack in pack_rows(rollouts, range(rollouts.rows) if rows is None else rows, self.budget):
             micro = lay_out(rollouts, pack, rollouts.trained_N, self.student.pad_id)
             scores = score_tokens(
                 head,
@@ -93,16 +95,41 @@ class Updater:
         for active in scored.active:
             wanted_N |= active.wanted_N(rollouts.row_N, rollouts.rows)
         useful = set(rollouts.row_N[wanted_N].tolist())
+        coupled = self._couple(scored, rows, wanted_N)
         total = 0.0
         for pack in pack_rows(rollouts, [row for row in rows if row in useful], self.budget):
             micro = lay_out(rollouts, pack, wanted_N, self.student.pad_id)
-            loss = self._loss(scored, micro, weights, tally)
+            loss = self._loss(scored, micro, weights, coupled, tally)
             if loss.requires_grad:
                 loss.backward()
             total += float(loss.detach())
         return total
 
-    def _loss(self, scored: Scored, micro: MicroBatch, weights: list[Tensor], tally: Tally | None) -> Tensor:
+    @torch.no_grad()
+    def _couple(self, scored: Scored, rows: Sequence[int], wanted_N: Tensor) -> dict[str, Tensor]:
+        """What terms whose responses depend on each other must know of the whole optimizer step, `[N]` by term."""
+        asking = [a for a in scored.active if a.term.couples]
+        if not asking:
+            return {}
+        rollouts = scored.rollouts
+        logq_N = self.score_policy(rollouts, scored.temperature, rows)[0]
+        # One micro-batch of all rows that is never run: couple sees exactly the view that a loss would.
+        micro = lay_out(rollouts, list(rows), wanted_N, self.student.pad_id)
+        found = {}
+        for active in asking:
+            view = _view(scored, active, micro, logq_N[micro.index_M], None, None, None)
+            found[active.name] = torch.zeros_like(logq_N)
+            found[active.name][micro.index_M] = active.term.couple(view).to(logq_N.dtype)
+        return found
+
+    def _loss(
+        self,
+        scored: Scored,
+        micro: MicroBatch,
+        weights: list[Tensor],
+        coupled: Mapping[str, Tensor],
+        tally: Tally | None,
+    ) -> Tensor:
         compared = [a for a in scored.active if a.term.needs.teacher == "distribution"]
         targets_M = scored.rollouts.tokens_N[micro.index_M]
         scores = score_tokens(
@@ -116,7 +143,15 @@ class Updater:
         divergences = {a.name: loss_M for a, loss_M in zip(compared, scores.losses_N, strict=True)}
         total = scores.logp_N.new_zeros(())
         for active, weight_N in zip(scored.active, weights, strict=True):
-            view = _view(scored, active, micro, scores.logp_N, scores.entropy_N, divergences.get(active.name))
+            view = _view(
+                scored,
+                active,
+                micro,
+                scores.logp_N,
+                scores.entropy_N,
+                divergences.get(active.name),
+                coupled.get(active.name),
+            )
             term_loss = weighted_loss(active, view, weight_N[micro.index_M])
             total = total + active.weight * term_loss
             if tally is not None:
@@ -153,6 +188,7 @@ def _view(
     logq_M: Tensor,
     entropy_M: Tensor | None,
     divergence_M: Tensor | None,
+    coupled_N: Tensor | None,
 ) -> TokenView:
     rollouts, index_M = scored.rollouts, micro.index_M
     row_M = rollouts.row_N[index_M]
@@ -171,6 +207,10 @@ def _view(
         reference_N=None if scored.reference is None else scored.reference.logp_N[index_M],
         divergence_N=divergence_M,
         entropy_N=entropy_M,
+        group_N=rollouts.group_B[row_M],
+        foreign_N=~rollouts.origin_N(("student",))[index_M],
+        coupled_N=None if coupled_N is None else coupled_N[index_M],
+        moment=active.moment,
     )
 
 

@@ -17,6 +17,7 @@ from kdrl.batch import Origin, Response, Rollouts
 from kdrl.build import Builder
 from kdrl.models import LoadedModel, ModelConfig, NewModel, NewTokenizer, load_model, save_final
 from kdrl.objectives.objective import Objective
+from kdrl.objectives.schedules import Moment
 from kdrl.objectives.terms import TERMS
 from kdrl.recipe import Recipe, load_recipe, merge
 from kdrl.run import RunResult, train
@@ -219,7 +220,7 @@ def score(
     """What the trainer would hand to `Updater.accumulate` for these responses, from its public parts."""
     rollouts = Rollouts.of(responses)
     logp_N, entropy_N = Updater(student, 4096).score_policy(rollouts, temperature)
-    active = objective_of(entries).activate(rollouts, step, 100, entropy_N)
+    active = objective_of(entries).activate(rollouts, Moment(step, 100), entropy_N)
     evidence = {}
     for name in {a.teacher for a in active if a.teacher}:
         asked = LocalTeacher(teacher, 4096) if name == "teacher" and teacher else SelfTeacher(student, 4096)

@@ -13,6 +13,7 @@ from kdrl.batch import Rollouts
 from kdrl.objectives.masks import MaskContext, evaluate_mask, reads_entropy
 from kdrl.objectives.policy import advantages
 from kdrl.objectives.reduce import token_weights
+from kdrl.objectives.schedules import START, Moment
 from kdrl.objectives.terms import Distill, PolicyGradient, Term, TokenView
 
 
@@ -26,6 +27,7 @@ class Active:
     eligible_N: Tensor
     keep_N: Tensor
     advantage_B: Tensor | None
+    moment: Moment = START
 
     @property
     def teacher(self) -> str | None:
@@ -34,14 +36,9 @@ class Active:
             return None
         return self.term.config.teacher if isinstance(self.term, Distill) else "teacher"
 
-    @property
-    def whole_rows(self) -> bool:
-        """Whether a token's loss depends on every token of its response (GSPO's sequence ratio)."""
-        return isinstance(self.term, PolicyGradient) and self.term.config.ratio == "sequence"
-
     def wanted_N(self, row_N: Tensor, rows: int) -> Tensor:
         """Tokens whose log-probs the term reads: those kept, or their whole responses."""
-        if not self.whole_rows:
+        if not self.term.whole_rows:
             return self.keep_N
         touched_B = torch.zeros(rows, dtype=torch.bool, device=row_N.device)
         touched_B[row_N[self.keep_N]] = True
@@ -60,20 +57,16 @@ class Objective:
         kinds = [t.name for t in self.terms]
         self.names = [k if kinds.count(k) == 1 else f"{k}.{kinds[:i].count(k)}" for i, k in enumerate(kinds)]
 
-    def weights(self, step: int, total: int) -> list[float]:
-        """Each term's weight at a step."""
-        return [t.config.weight(step, total) for t in self.terms]
-
-    def ever(self, step: int, total: int) -> list[Term[Any]]:
-        """Terms whose weight is not zero at this step."""
-        return [t for t, w in zip(self.terms, self.weights(step, total), strict=True) if w != 0.0]
+    def weights(self, moment: Moment) -> list[float]:
+        """Each term's weight at a moment of the run."""
+        return [t.config.weight.at(moment) for t in self.terms]
 
     @property
     def wants_entropy_mask(self) -> bool:
         """Whether a mask needs token entropies before the update."""
         return any(reads_entropy(t.config.mask) for t in self.terms)
 
-    def activate(self, rollouts: Rollouts, step: int, total: int, entropy_N: Tensor | None = None) -> list[Active]:
+    def activate(self, rollouts: Rollouts, moment: Moment, entropy_N: Tensor | None = None) -> list[Active]:
         """The terms of nonzero weight, with masks and advantages taken over the whole step's rollouts."""
         context = MaskContext(
             rollouts.correct_B,
@@ -85,7 +78,7 @@ class Objective:
             entropy_N,
         )
         found = []
-        for name, term, weight in zip(self.names, self.terms, self.weights(step, total), strict=True):
+        for name, term, weight in zip(self.names, self.terms, self.weights(moment), strict=True):
             if weight == 0.0:
                 continue
             eligible_N = rollouts.trained_N & rollouts.origin_N(term.config.on)
@@ -95,7 +88,7 @@ class Objective:
                 keep_N = keep_N & _mixed(rollouts)[rollouts.row_N]
             more = term.keep(rollouts.last_N)
             keep_N = keep_N if more is None else keep_N & more
-            found.append(Active(name, term, weight, eligible_N, keep_N, _advantages(term, rollouts)))
+            found.append(Active(name, term, weight, eligible_N, keep_N, _advantages(term, rollouts), moment))
         return found
 
 
@@ -120,7 +113,10 @@ def _advantages(term: Term[Any], rollouts: Rollouts) -> Tensor | None:
 
 
 def reduction(active: Active, rollouts: Rollouts, rows: Sequence[int]) -> Tensor:
-    """Weight of each token of one optimizer step's `rows` under the term's `reduce`, zero elsewhere, `[N]`."""
+    """Weight of each token of one optimizer step's `rows` under the term's `reduce`, zero elsewhere, `[N]`.
+
+    Importance weights multiply it and do not enter the counts, so that the estimate stays unbiased.
+    """
     inside_B = torch.zeros(rollouts.rows, dtype=torch.bool, device=rollouts.row_N.device)
     inside_B[list(rows)] = True
     inside_N = inside_B[rollouts.row_N]
@@ -133,13 +129,15 @@ def reduction(active: Active, rollouts: Rollouts, rows: Sequence[int]) -> Tensor
         len(rows),
         torch.float32,
     )
-    return out_N
+    return out_N * rollouts.importance_N
 
 
 def weighted_loss(active: Active, view: TokenView, weight_M: Tensor) -> Tensor:
     """The term's share of a micro-batch's loss, before its coefficient: sum of weight x per-token loss.
 
+    `weight` holds the reduction and the importance weights of tokens that another policy sampled.
+
     Tokens of zero weight are left out, not multiplied by zero: a log-prob of -inf there must not make NaN.
     """
     loss_M = active.term.loss(view)
-    return torch.where(weight_M > 0, loss_M * weight_M, 0.0).sum()
+    return torch.where(weight_M != 0, loss_M * weight_M, 0.0).sum()

@@ -10,6 +10,7 @@ import torch
 
 from kdrl.batch import Origin, Response, Rollouts
 from kdrl.objectives.objective import Active, Objective, reduction, weighted_loss
+from kdrl.objectives.schedules import Moment
 from kdrl.objectives.terms import TERMS
 from kdrl.tasks import Problem
 
@@ -42,7 +43,7 @@ LAST_N = [0, 1, 0, 0, 1, 0, 0, 1, 1]
 
 def activate(*terms: tuple[str, dict[str, Any]], step: int = 0, **more: Any) -> list[Active]:
     made = [TERMS.get(name)(TERMS.get(name).Config.model_validate(keys)) for name, keys in terms]
-    return Objective(made).activate(ROLLOUTS, step, 10, **more)
+    return Objective(made).activate(ROLLOUTS, Moment(step, 10), **more)
 
 
 def kept(active: Active) -> list[int]:
@@ -138,7 +139,7 @@ def test_a_token_of_no_weight_cannot_spoil_the_loss():
 def test_groups_kept_for_distillation_leave_the_policy_gradient_as_it_was():
     # Dynamic sampling: DAPO never sees a group of equal rewards, however many a distillation term keeps.
     made = [TERMS.get(name)(TERMS.get(name).Config()) for name in ("policy_gradient", "distill")]
-    policy, distill = Objective(made, drop_flat=True).activate(ROLLOUTS, 0, 10)
+    policy, distill = Objective(made, drop_flat=True).activate(ROLLOUTS, Moment(0, 10))
     assert kept(policy) == [1, 1, 1, 0, 0, 0, 0, 0, 0]
     assert kept(distill)[5:] == [1, 1, 1, 1]
     alone = reduction(policy, ROLLOUTS, range(ROLLOUTS.rows))

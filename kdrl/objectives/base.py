@@ -1,0 +1,186 @@
+"""What a term of an objective is: its settings, what it needs, the tokens it sees, and how a user adds one.
+
+A term never averages: `reduce.token_weights` does that for all of them. Terms see flat tokens of whole responses.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import Field, PlainSerializer, PlainValidator, create_model, field_validator
+from torch import Tensor
+
+from kdrl.batch import Origin
+from kdrl.config import Config
+from kdrl.errors import UserError
+from kdrl.objectives.masks import check_mask
+from kdrl.objectives.reduce import Reduce
+from kdrl.objectives.schedules import START, Moment, Schedule
+from kdrl.registry import Registry
+
+ScheduleField = Annotated[
+    Schedule, PlainValidator(lambda v: v if isinstance(v, Schedule) else Schedule(v)), PlainSerializer(lambda v: v.spec)
+]
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """The trained response tokens of a micro-batch, N of them in whole responses, as a term sees them.
+
+    `logq_N` (and `entropy_N` for a term that asks) carry gradient; everything else is data. `foreign_N` marks tokens
+    that the present policy did not sample, `coupled_N` is what `Term.couple` gave.
+    """
+
+    logq_N: Tensor
+    row_N: Tensor
+    rows: int
+    last_N: Tensor
+    keep_N: Tensor
+    reward_N: Tensor
+    correct_N: Tensor
+    advantage_N: Tensor | None = None
+    old_N: Tensor | None = None
+    teacher_N: Tensor | None = None
+    reference_N: Tensor | None = None
+    divergence_N: Tensor | None = None
+    entropy_N: Tensor | None = None
+    group_N: Tensor | None = None
+    foreign_N: Tensor | None = None
+    coupled_N: Tensor | None = None
+    moment: Moment = START
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a term must be given beside the student's own log-probs."""
+
+    teacher: Literal["token", "distribution"] | None = None
+    reference: bool = False
+    entropy: bool = False
+    rewards: bool = False
+
+
+class TermConfig(Config):
+    """What every term has: a weight that may move, a mask, a reduction and the responses that it reads."""
+
+    weight: ScheduleField = Field(default_factory=lambda: Schedule(1.0))
+    """Coefficient of the term: a number or a schedule such as {linear: {from: 5.0e-3, to: 1.0e-3, steps: 80}}."""
+    mask: Any = "all"
+    """Tokens the term applies to: a mask's name, a list that must all hold, {not: m}, {any: []}, {top_entropy: s}."""
+    reduce: Reduce = Reduce()
+    """How the per-token losses are averaged; counts are taken once over the global batch."""
+    on: tuple[Origin, ...] = ("student",)
+    """Whose responses the term reads: student, gold, teacher, privileged, buffer, speculative, mixed, corrupt."""
+
+    @field_validator("mask")
+    @classmethod
+    def _mask(cls, spec: Any) -> Any:
+        check_mask(spec)
+        return spec
+
+
+ConfigT = TypeVar("ConfigT", bound=TermConfig)
+
+
+class Term(Generic[ConfigT]):
+    """One entry of an objective; subclasses give `loss` and, where they need something, `needs`."""
+
+    name: str
+    family: Literal["rl", "kd", "other"] = "other"
+    Config: type[TermConfig] = TermConfig
+    couples = False
+    """Whether a token's loss depends on other responses of the optimizer step, through `couple`."""
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+
+    @property
+    def needs(self) -> Needs:
+        """What the trainer must provide in the view."""
+        return Needs()
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a token's loss depends on every token of its response, kept by the mask or not."""
+        return False
+
+    def couple(self, view: TokenView) -> Tensor:
+        """Data `[N]` for `view.coupled_N` of every micro-batch, from all rows of the optimizer step (no gradient)."""
+        raise TypeError(f"{self.name} looks at each response alone")
+
+    def keep(self, last_N: Tensor) -> Tensor | None:
+        """Tokens that the term leaves out beside its mask, as a bool to keep `[N]`, or None."""
+        return None
+
+    def compare(self, teacher_logp_MV: Tensor, logq_MV: Tensor) -> Tensor:
+        """Per-token loss from full distributions, called inside the chunked head when `needs.teacher` asks."""
+        raise TypeError(f"{self.name} compares no distributions")
+
+    def loss(self, view: TokenView) -> Tensor:
+        """Per-token loss `[N]` to minimise, differentiable in the student."""
+        raise NotImplementedError(self.name)
+
+
+TERMS: Registry[type[Term[Any]]] = Registry("objective term")
+
+
+LossFunction = Callable[..., Tensor]
+
+
+def _setting_fields(name: str, function: LossFunction) -> dict[str, Any]:
+    """The keyword arguments of a term's function as configuration fields."""
+    fields: dict[str, Any] = {}
+    for p in list(inspect.signature(function).parameters.values())[1:]:
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            raise UserError(f"the term {name!r} takes *{p.name}; name its settings one by one.")
+        if p.name in TermConfig.model_fields:
+            raise UserError(f"the term {name!r} has a setting {p.name!r}, which every term has; call it otherwise.")
+        fields[p.name] = (Any if p.annotation is p.empty else p.annotation, ... if p.default is p.empty else p.default)
+    return fields
+
+
+def _per_token(name: str, loss_N: Any, view: TokenView) -> Tensor:
+    """The loss of a user's term; raises UserError unless it is one number per token, since a term never averages."""
+    shape = tuple(loss_N.shape) if isinstance(loss_N, Tensor) else type(loss_N).__name__
+    if shape != tuple(view.logq_N.shape):
+        raise UserError(
+            f"the term {name!r} must return one loss per token, {tuple(view.logq_N.shape)}, but gave {shape}; "
+            "the recipe's `reduce` averages."
+        )
+    return loss_N
+
+
+def register_term(name: str, *, teacher: bool = False, entropy: bool = False) -> Callable[[LossFunction], LossFunction]:
+    """Register `fn(view: TokenView, **settings) -> loss [N]` as a term of one's own.
+
+    Its keyword arguments become recipe keys beside weight, mask, reduce and on, checked by their annotations;
+    `teacher` and `entropy` ask for `view.teacher_N` (log-probs of the sampled tokens) and `view.entropy_N` (with
+    gradient).
+    """
+
+    def register(function: LossFunction) -> LossFunction:
+        fields = _setting_fields(name, function)
+        config = create_model(
+            f"{name}_config", __base__=TermConfig, __doc__=function.__doc__, __module__=function.__module__, **fields
+        )
+
+        class Registered(Term[TermConfig]):
+            family, Config = ("kd" if teacher else "other"), config
+
+            @property
+            def needs(self) -> Needs:
+                return Needs(teacher="token" if teacher else None, entropy=entropy)
+
+            def loss(self, view: TokenView) -> Tensor:
+                loss_N = function(view, **{key: getattr(self.config, key) for key in fields})
+                return _per_token(name, loss_N, view)
+
+        Registered.name = name
+        Registered.__doc__ = function.__doc__
+        TERMS.add(name, of=function)(Registered)
+        return function
+
+    return register
