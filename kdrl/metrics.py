@@ -78,6 +78,7 @@ def step_row(
     row["grad_norm"] = _mean(norms)
     row["entropy"] = tally.entropy / tally.tokens if tally.tokens else None
     row |= {f"loss/{name}": value / updates for name, value in tally.loss.items()}
+    row |= {name: value / updates for name, value in tally.counts.items()}
     if tally.policy_tokens:
         row["clipped_share"] = tally.held / tally.policy_tokens
     if tally.student_tokens:

@@ -260,8 +260,8 @@ class Trainer:
     def _ask(self, name: str, rollouts: Rollouts, active: list[Active]) -> Evidence:
         asking = [a for a in active if a.teacher == name]
         need = "distribution" if any(a.term.needs.teacher == "distribution" for a in asking) else "token"
-        keep_N = torch.stack([a.keep_N for a in asking]).any(0)
-        return self.parts.teachers[name].score(rollouts, keep_N, need, self.recipe.rollout.temperature)
+        wanted_N = torch.stack([a.wanted_N(rollouts.row_N, rollouts.rows) for a in asking]).any(0)
+        return self.parts.teachers[name].score(rollouts, wanted_N, need, self.recipe.rollout.temperature)
 
     def _count_calls(self, scored: Scored) -> None:
         """Responses that the teacher was asked about, and those that a mask kept from it."""

@@ -33,6 +33,11 @@ class Tally:
     mismatch: float = 0.0
     student_tokens: int = 0
     tokens: int = 0
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def add_count(self, name: str, value: float) -> None:
+        """Add to a count that a term keeps of an optimizer step."""
+        self.counts[name] = self.counts.get(name, 0.0) + value
 
     def add_loss(self, name: str, value: float) -> None:
         """Add one micro-batch's share of a term's reduced loss."""
@@ -95,7 +100,7 @@ class Updater:
         for active in scored.active:
             wanted_N |= active.wanted_N(rollouts.row_N, rollouts.rows)
         useful = set(rollouts.row_N[wanted_N].tolist())
-        coupled = self._couple(scored, rows, wanted_N)
+        coupled = self._couple(scored, rows, wanted_N, tally)
         total = 0.0
         for pack in pack_rows(rollouts, [row for row in rows if row in useful], self.budget):
             micro = lay_out(rollouts, pack, wanted_N, self.student.pad_id)
@@ -106,8 +111,8 @@ class Updater:
         return total
 
     @torch.no_grad()
-    def _couple(self, scored: Scored, rows: Sequence[int], wanted_N: Tensor) -> dict[str, Tensor]:
-        """What terms whose responses depend on each other must know of the whole optimizer step, `[N]` by term."""
+    def _couple(self, scored: Scored, rows: Sequence[int], wanted_N: Tensor, tally: Tally | None) -> dict[str, Tensor]:
+        """What terms whose responses depend on each other must know of the whole step, `[N]` or `[N, k]` by term."""
         asking = [a for a in scored.active if a.term.couples]
         if not asking:
             return {}
@@ -118,8 +123,11 @@ class Updater:
         found = {}
         for active in asking:
             view = _view(scored, active, micro, logq_N[micro.index_M], None, None, None)
-            found[active.name] = torch.zeros_like(logq_N)
-            found[active.name][micro.index_M] = active.term.couple(view).to(logq_N.dtype)
+            coupled_M = active.term.couple(view).to(logq_N.dtype)
+            found[active.name] = logq_N.new_zeros(len(logq_N), *coupled_M.shape[1:])
+            found[active.name][micro.index_M] = coupled_M
+            for key, value in active.term.count(view).items() if tally is not None else ():
+                tally.add_count(f"{active.name}/{key}", value)
         return found
 
     def _loss(

@@ -108,8 +108,12 @@ class Term(Generic[ConfigT]):
         return False
 
     def couple(self, view: TokenView) -> Tensor:
-        """Data `[N]` for `view.coupled_N` of every micro-batch, from all rows of the optimizer step (no gradient)."""
+        """Data `[N]` or `[N, k]` for every micro-batch's `view.coupled_N`, from all rows of the step (no gradient)."""
         raise TypeError(f"{self.name} looks at each response alone")
+
+    def count(self, view: TokenView) -> dict[str, float]:
+        """What a coupling term reports of an optimizer step in the metrics, from the view that `couple` had."""
+        return {}
 
     def keep(self, last_N: Tensor) -> Tensor | None:
         """Tokens that the term leaves out beside its mask, as a bool to keep `[N]`, or None."""

@@ -37,12 +37,12 @@ class Active:
         return self.term.config.teacher if isinstance(self.term, Distill) else "teacher"
 
     def wanted_N(self, row_N: Tensor, rows: int) -> Tensor:
-        """Tokens whose log-probs the term reads: those kept, or their whole responses."""
+        """Tokens whose log-probs the term reads: those kept, or all trained ones of their responses."""
         if not self.term.whole_rows:
             return self.keep_N
         touched_B = torch.zeros(rows, dtype=torch.bool, device=row_N.device)
         touched_B[row_N[self.keep_N]] = True
-        return touched_B[row_N]
+        return touched_B[row_N] & self.eligible_N
 
 
 class Objective:
