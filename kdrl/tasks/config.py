@@ -124,8 +124,9 @@ class TaskConfig(Config):
     """File(s) with the development problems; may share no prompt with the training problems."""
     test_path: str | list[str] | None = None
     """File(s) with the test problems; may share no prompt with the others."""
-    columns: dict[Literal["prompt", "messages", "answer", "solution"], str] = Field(default_factory=dict)
-    """Which column is the prompt, messages, answer or solution, where the column is not called so."""
+    columns: dict[Literal["prompt", "messages", "answer", "solution", "weight"], str] = Field(default_factory=dict)
+    """Which column is the prompt, messages, answer or solution, where the column is not called so. `weight` names a
+    column of numbers: training then meets each problem in proportion to it (without it, each once an epoch)."""
     template: str | None = None
     """User text as a format string over the item's columns or metadata, e.g. `"{expression}="`; a name with `_compact`
     added is that field without white space; null: the question or prompt as it is."""

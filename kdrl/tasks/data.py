@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from kdrl.tasks.readers import read_files, read_hub
 from kdrl.tasks.render import Rendered, keyed, render
 from kdrl.tasks.solutions import Solver
 from kdrl.tasks.splits import split_of
-from kdrl.tasks.streams import ListStream, PromptLimit, check_split
+from kdrl.tasks.streams import ListStream, PromptLimit, WeightedStream, check_split
 
 AnyRow = tuple[str, Mapping[str, Any] | Problem]
 """Where a row stands, and its columns or the finished problem."""
@@ -26,6 +27,7 @@ class _Entry:
     problem: Problem
     shown: Rendered
     where: str
+    weight: float = 1.0
 
 
 class DataTask:
@@ -80,10 +82,16 @@ class DataTask:
             if found is None:
                 raise UserError(f"{where}: task.reference_extract finds no answer in {str(reference)[-80:]!r}.")
             reference = found
-        solution = _column(self.config, row, "solution", where, optional=True)
         meta = {**row, "where": where}
-        text = None if solution is None else str(solution)
-        return _Entry(Problem(problem_id(shown.prompt), shown.prompt, reference, text, meta), shown, where)
+        problem = Problem(problem_id(shown.prompt), shown.prompt, reference, self._solution(where, row), meta)
+        return _Entry(problem, shown, where, _weight(self.config, row, where))
+
+    def _solution(self, where: str, row: Mapping[str, Any]) -> str | None:
+        """The worked solution; of a trace that `kdrl generate` wrote, its response where that is right."""
+        value = _column(self.config, row, "solution", where, optional=True)
+        if value is None and "solution" not in self.config.columns and is_true(row.get("correct")):
+            value = row.get("response")
+        return None if value is None else str(value)
 
     def _prompt(self, where: str, row: Mapping[str, Any]) -> Rendered:
         config, columns = self.config, self.config.columns
@@ -95,7 +103,12 @@ class DataTask:
             return keyed(config, _with_system(config, _messages(messages, where), where), row, where)
         if config.template is not None and "prompt" not in columns:
             return render(config, "", row, where)
-        text = str(_column(config, row, "prompt", where))
+        value = _column(config, row, "prompt", where)
+        if isinstance(value, list):
+            if config.template is not None:
+                raise UserError(f"task.template renders a prompt, but that of {where} is messages; drop the template.")
+            return keyed(config, _with_system(config, _messages(value, where), where), row, where)
+        text = str(value)
         return render(config, text, {**row, "prompt": text}, where)
 
     def problems(self, split: str) -> ProblemStream:
@@ -110,14 +123,23 @@ class DataTask:
             skipped.update({"shared": self._shared} if self._shared else {})
         else:
             entries = _distinct(entries, skipped)
-        kept = [entry.problem for entry in entries if self._fits(entry.problem, skipped)]
+        fitting = [entry for entry in entries if self._fits(entry.problem, skipped)]
+        kept = [entry.problem for entry in fitting]
         if not kept:
             raise UserError(
                 f"none of the {len(entries)} {split} prompts fits task.max_prompt_tokens {self.limit.most}; raise it."
             )
+        if split == "train" and "weight" in self.config.columns:
+            weights = [entry.weight for entry in fitting[: self.config.limit]]
+            return WeightedStream(kept[: self.config.limit], weights, self.seed, self.solver.train, skipped)
         if split == "train":
             return ListStream(kept[: self.config.limit], self.seed, self.solver.train, skipped)
         return ListStream(kept, None, self.solver.held_out, skipped)
+
+    def rows(self, split: str) -> list[tuple[str, Problem]]:
+        """Where each row of a split stands and what it holds, in the order of the file; repetitions included."""
+        check_split(split)
+        return [(entry.where, entry.problem) for entry in self._entries.get(split, [])]
 
     def _fits(self, problem: Problem, skipped: Counter[str]) -> bool:
         fits = self.limit.fits(problem)
@@ -154,6 +176,25 @@ def _column(config: TaskConfig, row: Mapping[str, Any], role: str, where: str, o
         hint = "" if column in row else f". Map it with `task.columns: {{{role}: ...}}`"
         raise UserError(f"{where}: the column {column!r} ({role}) {problem}{hint}")
     return value
+
+
+def _weight(config: TaskConfig, row: Mapping[str, Any], where: str) -> float:
+    """The row's weight, 1 where no column is named for it."""
+    if "weight" not in config.columns:
+        return 1.0
+    value = _column(config, row, "weight", where)
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0.0 <= weight < math.inf:
+        raise UserError(f"{where}: the weight is {value!r}; it must be a number from 0 on.")
+    return weight
+
+
+def is_true(value: Any) -> bool:
+    """A truth value as data files hold it: true, 1, or the word (CSV)."""
+    return value.strip().lower() in ("true", "1") if isinstance(value, str) else bool(value)
 
 
 def _messages(messages: Any, where: str) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -69,6 +70,48 @@ class ListStream:
                 self._order = (epoch, permutation(len(self._problems), self._seed, epoch))
             place = self._order[1][place]
         return self._finish(self._problems[place], index)
+
+
+class WeightedStream:
+    """Finitely many problems, each met in proportion to its weight: floor or ceil of n w / sum w times of n.
+
+    Systematic resampling over a fresh order each epoch, so the expected number is exact; a function of (seed, index).
+    Raises UserError when all weights are 0.
+    """
+
+    def __init__(
+        self, problems: Sequence[Problem], weights: Sequence[float], seed: int, finish: Finish, skipped: Counter[str]
+    ) -> None:
+        self.size: int | None = len(problems)
+        self.skipped = skipped
+        self._problems, self._weights, self._seed, self._finish = problems, weights, seed, finish
+        if not sum(weights) > 0:
+            raise UserError("the weights of all training problems (task.columns.weight) are 0; give some of them more.")
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __getitem__(self, index: int) -> Problem:
+        if index < 0:
+            raise IndexError(index)
+        epoch, place = divmod(index, len(self._problems))
+        if self._order[0] != epoch:
+            self._order = (epoch, self._draw(epoch))
+        return self._finish(self._problems[self._order[1][place]], index)
+
+    def _draw(self, epoch: int) -> list[int]:
+        n = len(self._problems)
+        draw = random.Random(derive(self._seed, "weights", epoch))
+        order = permutation(n, self._seed, epoch)
+        step = math.fsum(self._weights) / n
+        point, reached = draw.random() * step, 0.0
+        chosen: list[int] = []
+        for place in order:
+            reached += self._weights[place]
+            while len(chosen) < n and point + len(chosen) * step < reached:
+                chosen.append(place)
+        last = next(place for place in reversed(order) if self._weights[place] > 0)
+        chosen += [last] * (n - len(chosen))  # rounding may leave the last point at the very end
+        draw.shuffle(chosen)
+        return chosen
 
 
 class EpochStream:
