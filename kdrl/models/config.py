@@ -20,6 +20,19 @@ class LoraConfig(Config):
     """Which linear layers get an adapter: `all-linear` (all but the LM head) or a list of module names."""
 
 
+class QuantiseConfig(Config):
+    """Fake quantisation of the linear layers (arXiv 2402.10631): rounded forward, straight-through gradient."""
+
+    bits: int = Field(ge=2, le=8)
+    """Bits of a weight, 2 to 8."""
+    group: int = Field(default=128, ge=1)
+    """Consecutive inputs of a row that share a scale; a wider group than the layer is one scale a row."""
+    scheme: Literal["asymmetric", "symmetric"] = "asymmetric"
+    """`asymmetric` uses all 2^bits levels between the group's ends, `symmetric` 2^bits - 1 levels around zero."""
+    skip: tuple[str, ...] = ()
+    """Layers left in full precision beside embeddings and LM head: a name or a part of one, as `down_proj`."""
+
+
 class NewModel(Config):
     """A model made from nothing, with random weights drawn from the run's seed."""
 
@@ -98,3 +111,14 @@ class ModelConfig(TeacherModelConfig):
     """Train low-rank adapters instead of all weights; `final/` then holds merged weights and `final/adapter`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    quantise: QuantiseConfig | None = None
+    """Train under fake quantisation, as in {bits: 3, group: 128}; `final/` then holds the rounded weights."""
+
+    @model_validator(mode="after")
+    def _whole_weights(self) -> ModelConfig:
+        if self.lora is not None and self.quantise is not None:
+            raise ValueError(
+                "`quantise` rounds the weights that are trained, and with `lora` the base is frozen and the merged "
+                "result would be off the grid; remove one of them."
+            )
+        return self

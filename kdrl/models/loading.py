@@ -27,6 +27,7 @@ from kdrl.errors import UserError
 from kdrl.models.config import ModelConfig, NewModel, NewTokenizer, TeacherModelConfig
 from kdrl.models.heads import causal_lm, check_head
 from kdrl.models.prompts import apply_template_option
+from kdrl.models.quantise import kept_weights, quantise
 from kdrl.models.scratch import character_tokenizer, new_model_config
 from kdrl.models.sources import Origin, explain, find_origin, gguf_options
 from kdrl.seeds import derive
@@ -48,11 +49,17 @@ class LoadedModel:
         """Where the weights lie."""
         return next(self.model.parameters()).device
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context in which this model computes: bfloat16 autocast when the recipe asks for it."""
-        if self.config.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The context in which this model computes: bfloat16 autocast when the recipe asks for it.
+
+        Without gradient, fake-quantised weights are rounded once for all that happens inside.
+        """
+        casting = contextlib.nullcontext()
+        if self.config.autocast is not None:
+            casting = torch.autocast(self.device.type, dtype=torch.bfloat16)
+        with casting, kept_weights(self.model):
+            yield
 
 
 def load_model(config: TeacherModelConfig, device: str | torch.device, *, trainable: bool, seed: int) -> LoadedModel:
@@ -225,6 +232,8 @@ def _prepare(model: PreTrainedModel, config: TeacherModelConfig, trainable: bool
     if isinstance(config, ModelConfig) and trainable:
         if config.lora is not None:
             ready = _with_lora(model, config, seed)
+        if config.quantise is not None:
+            quantise(model, config.quantise)
         if config.gradient_checkpointing:
             lm: Any = causal_lm(ready)
             # The name before transformers 5.2x.

@@ -10,13 +10,15 @@ from transformers import GenerationConfig
 
 from kdrl.models.heads import causal_lm
 from kdrl.models.loading import LoadedModel, quiet
+from kdrl.models.quantise import dequantised, is_quantised
 
 
 def save_final(loaded: LoadedModel, folder: Path) -> None:
     """Write weights, config, tokenizer and end tokens to `folder`, which plain transformers loads.
 
     With LoRA, the adapter goes to `folder/adapter` and the merged weights to `folder`; the live model is not touched.
-    A model read from GGUF is saved dequantised. Saving twice gives the same bytes. Dropout stays 0 in the saved config.
+    A model read from GGUF or trained under fake quantisation is saved dequantised. Saving twice gives the same bytes.
+    Dropout stays 0 in the saved config.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model: Any = loaded.model
@@ -26,6 +28,8 @@ def save_final(loaded: LoadedModel, folder: Path) -> None:
         (folder / "adapter" / "README.md").unlink(missing_ok=True)  # peft's empty model card
         # Merging and unmerging rounds, so the merge happens on a copy.
         model = copy.deepcopy(model).merge_and_unload()
+    elif is_quantised(model):
+        model = dequantised(model)
     lm: Any = causal_lm(model)
     held = lm.generation_config
     lm.generation_config = _generation_config(loaded, held)
