@@ -79,6 +79,10 @@ def step_row(
     row["entropy"] = tally.entropy / tally.tokens if tally.tokens else None
     row |= {f"loss/{name}": value / updates for name, value in tally.loss.items()}
     row |= {name: value / updates for name, value in tally.counts.items()}
+    for name, (divergence, mass_p, mass_q, count) in tally.divergence.items():
+        row[f"divergence/{name}"] = divergence / count if count else None
+        row[f"support/{name}/teacher_mass"] = mass_p / count if count else None
+        row[f"support/{name}/student_mass"] = mass_q / count if count else None
     if tally.policy_tokens:
         row["clipped_share"] = tally.held / tally.policy_tokens
     if tally.student_tokens:
@@ -113,6 +117,9 @@ def balance(updater: Updater, scored: Scored, rows: Sequence[int]) -> dict[str, 
             scored.old_N,
             None,
             scored.temperature,
+            scored.data,
+            scored.uniform,
+            scored.measured,
         )
         updater.accumulate(part, rows)
         sides[family] = updater.gradients()

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import torch
 from kdrl.batch import Response, Rollouts
 from kdrl.checkpoint import Checkpoints, Loaded, flatten_optimizer, restore_optimizer
 from kdrl.errors import UserError
+from kdrl.measuring import measure_scores
 from kdrl.metrics import balance, step_row
 from kdrl.models import LoadedModel
-from kdrl.objectives.objective import Active, Objective
+from kdrl.objectives.objective import Active, Objective, token_data
 from kdrl.objectives.schedules import Memory, Moment
 from kdrl.recipe import Recipe
 from kdrl.rollouts import Collected, Collector
@@ -253,9 +254,32 @@ class Trainer:
                 keep_N = torch.stack(
                     [a.keep_N for a in active if a.term.needs.reference] or [rollouts.trained_N & False]
                 )
-                reference = self.parts.reference.score(rollouts, keep_N.any(0), "token", temperature)
-        sampled_N = _sampled(rollouts) if self.recipe.rollout.temperature else None
-        return Scored(rollouts, active, evidence, reference, old_N if several else None, sampled_N, temperature)
+                whole = any(a.term.needs.reference == "distribution" for a in active)
+                need = "distribution" if whole else "token"
+                reference = self.parts.reference.score(rollouts, keep_N.any(0), need, temperature)
+        scored = Scored(
+            rollouts,
+            active,
+            evidence,
+            reference,
+            old_N if several else None,
+            _sampled(rollouts),
+            temperature,
+            token_data(rollouts),
+            self._uniforms(rollouts, active, moment),
+        )
+        with phases.of("update"):
+            return replace(scored, measured=measure_scores(self.parts.updater, scored))
+
+    def _uniforms(self, rollouts: Rollouts, active: list[Active], moment: Moment) -> dict[str, torch.Tensor]:
+        """Random numbers of the terms that draw, a function of seed, step and term alone."""
+        found = {}
+        for each in active:
+            if each.term.draws:
+                seed = derive(self.recipe.seed, "draws", moment.step, each.name)
+                generator = torch.Generator().manual_seed(seed)
+                found[each.name] = torch.rand(rollouts.tokens, each.term.draws, generator=generator)
+        return {name: values.to(self.parts.device) for name, values in found.items()}
 
     def _ask(self, name: str, rollouts: Rollouts, active: list[Active]) -> Evidence:
         asking = [a for a in active if a.teacher == name]

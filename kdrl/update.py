@@ -7,7 +7,7 @@ Left out: packing without padding, several processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,10 +16,11 @@ from torch.nn import Parameter
 
 from kdrl.batch import MicroBatch, Rollouts, lay_out, pack_rows
 from kdrl.models import LoadedModel, head_of, hidden_states
-from kdrl.objectives.head import score_tokens
+from kdrl.objectives.head import Comparison, score_tokens
 from kdrl.objectives.objective import Active, reduction, weighted_loss
 from kdrl.objectives.terms import PolicyGradient, TokenView
 from kdrl.teachers import Evidence
+from kdrl.teachers.base import Given
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Tally:
     """Sums over an update's tokens, for the metrics."""
 
     loss: dict[str, float] = field(default_factory=dict)
+    divergence: dict[str, list[float]] = field(default_factory=dict)
     entropy: float = 0.0
     held: float = 0.0
     policy_tokens: int = 0
@@ -55,6 +57,20 @@ class Scored:
     old_N: Tensor | None
     sampled_N: Tensor | None
     temperature: float
+    data: Mapping[str, Tensor]
+    uniform: Mapping[str, Tensor] = field(default_factory=dict)
+    measured: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def given(self, active: Active) -> Given:
+        """What a term's comparison may know beside the distributions."""
+        return Given(
+            self.rollouts.tokens_N,
+            self.data,
+            self.reference,
+            self.uniform.get(active.name),
+            self.measured.get(active.name, {}),
+            active.moment,
+        )
 
 
 class Updater:
@@ -86,6 +102,19 @@ class Updater:
             logp_N[micro.index_M] = scores.logp_N.to(logp_N.dtype)
             entropy_N[micro.index_M] = scores.entropy_N.to(logp_N.dtype)
         return logp_N, entropy_N
+
+    @torch.no_grad()
+    def probe(self, scored: Scored, keep_N: Tensor, comparison: Callable[[Tensor], Comparison]) -> Tensor:
+        """One number per kept token `[N]` from student and teacher distributions, without gradient."""
+        rollouts = scored.rollouts
+        out_N = torch.zeros(rollouts.tokens, device=rollouts.tokens_N.device)
+        for pack in pack_rows(rollouts, sorted(set(rollouts.row_N[keep_N].tolist())), self.budget):
+            micro = lay_out(rollouts, pack, keep_N, self.student.pad_id)
+            targets_M, compare = rollouts.tokens_N[micro.index_M], comparison(micro.index_M)
+            head, hidden_MD = head_of(self.student), self._hidden(micro)
+            scores = score_tokens(head, hidden_MD, targets_M, temperature=scored.temperature, comparisons=[compare])
+            out_N[micro.index_M] = scores.losses_N[0][:, 0].to(out_N.dtype)
+        return out_N
 
     def _hidden(self, micro: MicroBatch) -> Tensor:
         with self.student.autocast():
@@ -126,8 +155,9 @@ class Updater:
             coupled_M = active.term.couple(view).to(logq_N.dtype)
             found[active.name] = logq_N.new_zeros(len(logq_N), *coupled_M.shape[1:])
             found[active.name][micro.index_M] = coupled_M
-            for key, value in active.term.count(view).items() if tally is not None else ():
-                tally.add_count(f"{active.name}/{key}", value)
+            if tally is not None:
+                for key, value in active.term.count(view).items():
+                    tally.add_count(f"{active.name}/{key}", value)
         return found
 
     def _loss(
@@ -146,9 +176,13 @@ class Updater:
             targets_M,
             temperature=scored.temperature,
             entropy=True,
-            comparisons=[scored.evidence[a.teacher or ""].comparison(a.term, micro.index_M) for a in compared],
+            comparisons=[
+                scored.evidence[a.teacher or ""].comparison(a.term.compare, micro.index_M, scored.given(a))
+                for a in compared
+            ],
         )
-        divergences = {a.name: loss_M for a, loss_M in zip(compared, scores.losses_N, strict=True)}
+        found = {a.name: found_M3 for a, found_M3 in zip(compared, scores.losses_N, strict=True)}
+        divergences = {name: found_M3[:, 0] for name, found_M3 in found.items()}
         total = scores.logp_N.new_zeros(())
         for active, weight_N in zip(scored.active, weights, strict=True):
             view = _view(
@@ -165,6 +199,7 @@ class Updater:
             if tally is not None:
                 tally.add_loss(active.name, float(term_loss.detach()))
                 _tally_policy(tally, active, view)
+                _tally_support(tally, active, view, found.get(active.name))
         if tally is not None:
             _tally_tokens(tally, scored, micro, scores.logp_N, scores.entropy_N)
         return total
@@ -218,6 +253,8 @@ def _view(
         group_N=rollouts.group_B[row_M],
         foreign_N=~rollouts.origin_N(("student",))[index_M],
         coupled_N=None if coupled_N is None else coupled_N[index_M],
+        data={name: values_N[index_M] for name, values_N in scored.data.items()},
+        measured={key: values_N[index_M] for key, values_N in scored.measured.get(active.name, {}).items()},
         moment=active.moment,
     )
 
@@ -228,6 +265,16 @@ def _tally_policy(tally: Tally, active: Active, view: TokenView) -> None:
         held_M = active.term.clipped(view)[1] & view.keep_N
         tally.held += float(held_M.sum())
         tally.policy_tokens += int(view.keep_N.sum())
+
+
+@torch.no_grad()
+def _tally_support(tally: Tally, active: Active, view: TokenView, found_M3: Tensor | None) -> None:
+    """Sums of divergence and covered masses over the kept tokens, and their number."""
+    if found_M3 is not None:
+        kept_M3 = found_M3[view.keep_N].double()
+        sums = tally.divergence.setdefault(active.name, [0.0, 0.0, 0.0, 0.0])
+        for i, value in enumerate([*kept_M3.sum(0).tolist(), float(len(kept_M3))]):
+            sums[i] += value
 
 
 @torch.no_grad()

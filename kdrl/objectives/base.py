@@ -6,11 +6,11 @@ A term never averages: `reduce.token_weights` does that for all of them. Terms s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import Field, PlainSerializer, PlainValidator, create_model, field_validator
+from pydantic import Field, PlainSerializer, PlainValidator, create_model, field_validator, model_serializer
 from torch import Tensor
 
 from kdrl.batch import Origin
@@ -19,6 +19,7 @@ from kdrl.errors import UserError
 from kdrl.objectives.masks import check_mask
 from kdrl.objectives.reduce import Reduce
 from kdrl.objectives.schedules import START, Moment, Schedule
+from kdrl.objectives.scores import Score, ScoreField, Tokens
 from kdrl.registry import Registry
 
 ScheduleField = Annotated[
@@ -50,6 +51,8 @@ class TokenView:
     group_N: Tensor | None = None
     foreign_N: Tensor | None = None
     coupled_N: Tensor | None = None
+    data: Mapping[str, Tensor] = field(default_factory=dict)
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
     moment: Moment = START
 
 
@@ -58,7 +61,7 @@ class Needs:
     """What a term must be given beside the student's own log-probs."""
 
     teacher: Literal["token", "distribution"] | None = None
-    reference: bool = False
+    reference: Literal["token", "distribution"] | None = None
     entropy: bool = False
     rewards: bool = False
 
@@ -68,12 +71,23 @@ class TermConfig(Config):
 
     weight: ScheduleField = Field(default_factory=lambda: Schedule(1.0))
     """Coefficient of the term: a number or a schedule such as {linear: {from: 5.0e-3, to: 1.0e-3, steps: 80}}."""
+    scale: ScoreField = Field(default_factory=lambda: Score(1.0))
+    """Factor of each token's loss: a number or a score such as {early: {of: log_ratio}}; it enters no count."""
     mask: Any = "all"
     """Tokens the term applies to: a mask's name, a list that must all hold, {not: m}, {any: []}, {top_entropy: s}."""
     reduce: Reduce = Reduce()
     """How the per-token losses are averaged; counts are taken once over the global batch."""
     on: tuple[Origin, ...] = ("student",)
     """Whose responses the term reads: student, gold, teacher, privileged, buffer, speculative, mixed, corrupt."""
+
+    @model_serializer(mode="wrap")
+    def _write(self, handler: Any) -> dict[str, Any]:
+        return {k: v for k, v in handler(self).items() if k not in self.unsaid}
+
+    @property
+    def unsaid(self) -> set[str]:
+        """Settings that a written recipe leaves out, because they change nothing as they are."""
+        return {"scale"} if self.scale.constant == 1.0 else set()
 
     @field_validator("mask")
     @classmethod
@@ -119,8 +133,18 @@ class Term(Generic[ConfigT]):
         """Tokens that the term leaves out beside its mask, as a bool to keep `[N]`, or None."""
         return None
 
-    def compare(self, teacher_logp_MV: Tensor, logq_MV: Tensor) -> Tensor:
-        """Per-token loss from full distributions, called inside the chunked head when `needs.teacher` asks."""
+    @property
+    def expressions(self) -> list[Score]:
+        """Every score that the term evaluates."""
+        return [self.config.scale]
+
+    @property
+    def draws(self) -> int:
+        """Random numbers that the term wants for each token."""
+        return 0
+
+    def compare(self, tokens: Tokens, logq_CV: Tensor) -> Tensor:
+        """Per-token loss and the mass of p and q that it saw, `[C, 3]`, inside the chunked head when `needs` asks."""
         raise TypeError(f"{self.name} compares no distributions")
 
     def loss(self, view: TokenView) -> Tensor:

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
-from pydantic import Field, model_serializer, model_validator
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from kdrl.batch import Origin
 from kdrl.objectives.base import TERMS, Needs, Term, TermConfig, TokenView
 from kdrl.objectives.divergence import divergence_of
 from kdrl.objectives.estimators import importance_ratio, token_loss
-from kdrl.objectives.specs import Divergence, Support, refuse_untaught
-from kdrl.objectives.support import bucket, teacher_topk
+from kdrl.objectives.logspace import finite
+from kdrl.objectives.scores import Score, Tokens, column
+from kdrl.objectives.specs import Divergence
+from kdrl.objectives.support import Covered, cover, draw_weights, drawn_forward_kl, listwise
+from kdrl.objectives.support_specs import Support, refuse_untaught
+from kdrl.objectives.target import Target, label_and_rest, rescaling, student_view, teacher_view
 
 
 class DistillConfig(TermConfig):
     """A divergence from a frozen teacher."""
 
     divergence: Divergence = Divergence()
-    """forward_kl, reverse_kl, {jsd: beta}, or {jsd: {beta: b, scale: paper}}."""
+    """forward_kl, reverse_kl, tv, {jsd: b}, {skew_kl: a}, {skew_reverse_kl: a}, {symmetric: g}, {alpha_beta: {alpha,
+    beta}}, {arms: [...], assistant: {...}}, {pair: [...]}, {preference: b} or rank."""
     support: Support = Support()
-    """full, {topk: K} with a tail outcome, {token: k1|k2|k3}, or {token: {estimator: k3, as: loss}}."""
+    """full, {topk: K}, {topk: {k, of, rest, top_p}}, {draws: n}, {token: k1|k2|k3}, or {token: {estimator: k3, as:
+    loss}}."""
+    target: Target = Target()
+    """Temperatures, power, label mix, decoupling, product with the initial student."""
     clamp: float | None = Field(default=10.0, gt=0.0)
     """Bound on the log-ratio R inside a sampled-token gradient; null for none (token support only)."""
     teacher: Literal["teacher", "self"] = "teacher"
@@ -34,27 +44,97 @@ class DistillConfig(TermConfig):
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
         refuse_untaught(self.divergence, self.support)
-        if self.teacher == "self" and self.on != ("privileged",):
-            raise ValueError("teacher: self reads the privileged prompt, so it needs `on: [privileged]`")
+        self._check_target()
         if self.support.kind != "token" and "clamp" in self.model_fields_set and self.clamp is not None:
             raise ValueError(
                 f"clamp bounds a sampled-token ratio: it belongs to support {{token: ...}}, not to {self.support.kind}"
             )
+        if "entries" in self.scale.reads:
+            raise ValueError(f"scale: {self.scale.spec} judges single entries of the vocabulary; use it as a gate")
         return self
 
-    @model_serializer(mode="wrap")
-    def _write(self, handler: Any) -> dict[str, Any]:
-        # A resolved recipe must read back: clamp is refused where it would do nothing.
-        return {k: v for k, v in handler(self).items() if k != "clamp" or self.support.kind == "token"}
+    def _check_target(self) -> None:
+        changes, kind = self.target.changes, self.divergence.kind
+        if self.support.kind == "token" and changes - {"product"}:
+            raise ValueError(
+                f"target.{min(changes - {'product'})} needs whole distributions; it does not go with support "
+                "{token: ...}, use `full` or {topk: K}"
+            )
+        if self.support.kind == "token" and changes and kind == "forward_kl":
+            raise ValueError("k3 as a loss needs a normalised target, which a product from one token is not; use full")
+        for name in ("label_mix", "label_boost"):
+            if name in changes and (kind != "forward_kl" or self.support.kind not in ("full", "topk")):
+                raise ValueError(
+                    f"target.{name} stands for cross-entropy beside distillation only under divergence: forward_kl "
+                    "with full or topk support; write a cross_entropy term beside this one instead"
+                )
+        if "decouple" in changes and (self.support.kind != "full" or not self.divergence.of_arms):
+            raise ValueError("target.decouple splits a divergence with arms over full support")
+        if "decouple" in changes and self.target.decouple and self.target.decouple.label_only and kind != "forward_kl":
+            raise ValueError("decouple.label_only is a part of forward_kl")
+
+    @property
+    def unsaid(self) -> set[str]:
+        """A resolved recipe must read back: clamp is refused where it would do nothing."""
+        found = super().unsaid | (set() if self.support.kind == "token" else {"clamp"})
+        return found if self.target.changes else found | {"target"}
+
+    @property
+    def expressions(self) -> list[Score]:
+        """Every score expression of the term."""
+        target, decouple = self.target, self.target.decouple
+        found = [self.scale, target.teacher_temperature, target.student_temperature, target.label_mix]
+        found += [] if decouple is None else [decouple.label, decouple.rest]
+        return [score for score in [*found, *self.divergence.gates] if score is not None]
 
 
-def distribution_loss(config: DistillConfig, logp: Tensor, logq: Tensor) -> Tensor:
-    """Divergence over `full` or `topk` support from log-probs `[..., V]` to `[...]`."""
-    if config.support.kind == "topk":
+def _compare(config: DistillConfig, tokens: Tokens, logp: Tensor, logq: Tensor) -> tuple[Tensor, Covered]:
+    """Divergence of the transformed distributions over the support, and what the support covered."""
+
+    def gate_of(gate: Score, logx: Tensor, logy: Tensor) -> Tensor | float:
+        if "entries" in gate.reads:
+            # Entry gates look at the outcomes as the support left them.
+            return gate(replace(tokens, logp_CV=logx, logq_CV=logy))
+        return gate(tokens)
+
+    if config.divergence.kind == "rank":
+        assert tokens.token_C is not None
         assert config.support.k is not None
-        ids = teacher_topk(logp, config.support.k)
-        logp, logq = bucket(logp, ids), bucket(logq, ids)
-    return divergence_of(config.divergence, logp, logq)
+        return listwise(logp, logq, tokens.token_C, config.support.k)
+    if config.support.kind == "draws":
+        assert tokens.uniform_CK is not None
+        drawn = drawn_forward_kl(config.support, logp, logq, tokens.uniform_CK)
+        return (draw_weights(config.support, logp, drawn) * (finite(drawn.logp) - finite(drawn.logq))).sum(-1), drawn
+    covered = cover(config.support, logp, logq)
+    return divergence_of(config.divergence, covered.logp, covered.logq, tokens.moment, gate_of), covered
+
+
+def _decoupled(config: DistillConfig, tokens: Tokens, logp: Tensor, logq: Tensor) -> Tensor:
+    decouple, moment = config.target.decouple, tokens.moment
+    assert decouple is not None
+    assert tokens.token_C is not None
+    two_p, rest_p, _ = label_and_rest(logp, tokens.token_C)
+    two_q, rest_q, _ = label_and_rest(logq, tokens.token_C)
+    if decouple.label_only:
+        two = two_p[:, 0].exp() * (finite(two_p[:, 0]) - finite(two_q[:, 0]))
+    else:
+        two = divergence_of(config.divergence, two_p, two_q, moment)
+    rest = divergence_of(config.divergence, rest_p, rest_q, moment)
+    return column(decouple.label(tokens), two) * two + column(decouple.rest(tokens), rest) * rest
+
+
+def distribution_loss(config: DistillConfig, tokens: Tokens, logq_CV: Tensor) -> Tensor:
+    """Divergence, teacher mass and student mass covered, `[C, 3]`, over `full`, `topk` or `draws` support."""
+    logp, logq = teacher_view(config.target, tokens), student_view(config.target, tokens, logq_CV)
+    if config.target.decouple is not None:
+        loss, one = _decoupled(config, tokens, logp, logq), torch.ones_like(logq[:, 0])
+        mass_p = mass_q = one
+    else:
+        loss, covered = _compare(config, tokens, logp, logq)
+        mass_p, mass_q = covered.mass_p, covered.mass_q
+    factor = rescaling(config.target, tokens, loss)
+    scale = column(config.scale(tokens), loss)
+    return torch.stack([scale * factor * loss, mass_p.to(loss.dtype), mass_q.to(loss.dtype)], -1)
 
 
 @TERMS.add("distill")
@@ -65,16 +145,27 @@ class Distill(Term[DistillConfig]):
 
     @property
     def needs(self) -> Needs:
-        """Teacher log-probs of the sampled tokens, or its distribution."""
-        return Needs(teacher="token" if self.config.support.kind == "token" else "distribution")
+        """Teacher log-probs of the sampled tokens, or its distribution; the initial student's under a product."""
+        need = "token" if self.config.support.kind == "token" else "distribution"
+        return Needs(teacher=need, reference=None if self.config.target.product is None else need)
+
+    @property
+    def expressions(self) -> list[Score]:
+        """Every score that the term evaluates."""
+        return self.config.expressions
+
+    @property
+    def draws(self) -> int:
+        """Random numbers per token."""
+        return self.config.support.n or 0
 
     def keep(self, last_N: Tensor) -> Tensor | None:
         """All but the final token of a finished response under skip_eos."""
         return ~last_N if self.config.skip_eos else None
 
-    def compare(self, teacher_logp_MV: Tensor, logq_MV: Tensor) -> Tensor:
-        """Divergence `[M]` of one chunk."""
-        return distribution_loss(self.config, teacher_logp_MV, logq_MV)
+    def compare(self, tokens: Tokens, logq_CV: Tensor) -> Tensor:
+        """Divergence and covered masses `[C, 3]` of one chunk."""
+        return distribution_loss(self.config, tokens, logq_CV)
 
     def loss(self, view: TokenView) -> Tensor:
         """The divergence, or the sampled-token estimate times sg(pi_theta/pi_old) on stale samples."""
@@ -82,5 +173,11 @@ class Distill(Term[DistillConfig]):
             assert view.divergence_N is not None
             return view.divergence_N
         assert view.teacher_N is not None
+        target_N = view.teacher_N
+        if self.config.target.product is not None:
+            # Its normaliser is a constant of the state, which the expected gradient does not see.
+            assert view.reference_N is not None
+            eta = self.config.target.product.at(view.moment)
+            target_N = eta * target_N + (1.0 - eta) * view.reference_N
         rho_N = importance_ratio(view.logq_N, view.old_N)
-        return token_loss(self.config.support, view.logq_N, view.teacher_N, self.config.clamp, rho_N)
+        return token_loss(self.config.support, view.logq_N, target_N, self.config.clamp, rho_N)

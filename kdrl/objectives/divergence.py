@@ -1,59 +1,132 @@
 """Divergences between a teacher p and a student q over the last axis, in log-space.
 
-Out here: the alpha-beta family, assistants other than the arithmetic mean, and gates.
+One family: up to two arms D_{alpha,beta}(X||Y) over p, q and an assistant r between them, each with a gate; beside it
+total variation, pairwise logit differences and a two-entry preference. Ranking is in `support`, which orders tokens.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kdrl.objectives.specs import Divergence
+from kdrl.objectives.logspace import finite
+from kdrl.objectives.schedules import START, Moment
+from kdrl.objectives.scores import Score
+from kdrl.objectives.specs import ArmNow, AssistantNow, Divergence
 
-# An outcome that one side rules out entirely counts as this log-probability, so that every divergence stays finite.
-LOG_FLOOR = -1.0e4
+# A power mean this near to the geometric one is taken as it: below, rounding grows as the inverse exponent.
+GEOMETRIC = 1.0e-4
 
-
-def finite(logp: Tensor) -> Tensor:
-    """Log-probabilities with -inf raised to LOG_FLOOR, where they have no gradient and no mass."""
-    return logp.clamp(min=LOG_FLOOR)
-
-
-def _expect(weight_log: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Sum of exp(weight_log) (a - b) over the last axis."""
-    return (weight_log.exp() * (a - b)).sum(-1)
+# fn(gate, log p, log q) -> its value [...] or [..., V]: how an arm's gate is evaluated.
+GateOf = Callable[[Score, Tensor, Tensor], "Tensor | float"]
 
 
-def forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p||q) from log-probabilities `[..., V]` to `[...]` in nats."""
-    logp, logq = finite(logp), finite(logq)
-    return _expect(logp, logp, logq)
+def alpha_beta_entries(logx: Tensor, logy: Tensor, alpha: float, beta: float) -> Tensor:
+    """Entries `[..., V]` of D_{alpha,beta}(X||Y), whose sum is the divergence (ABKD, 2505.04560), alpha, beta >= 0.
 
-
-def reverse_kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(q||p) from log-probabilities `[..., V]` to `[...]` in nats."""
-    logp, logq = finite(logp), finite(logq)
-    return _expect(logq, logq, logp)
-
-
-def jensen_shannon(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
-    """J_beta = beta KL(p||m) + (1-beta) KL(q||m), m = beta p + (1-beta) q attached (GKD, 2306.13649)."""
-    logp, logq = finite(logp), finite(logq)
-    logm = torch.logaddexp(math.log(beta) + logp, math.log1p(-beta) + logq)
-    return beta * _expect(logp, logp, logm) + (1.0 - beta) * _expect(logq, logq, logm)
-
-
-def divergence_of(spec: Divergence, logp: Tensor, logq: Tensor) -> Tensor:
-    """The divergence that `spec` names, teacher `logp` and student `logq` `[..., V]` to `[...]`.
-
-    `{jsd: b}` is J_b / (b(1-b)), which tends to forward KL at b = 0 and to reverse KL at b = 1.
+    (1, 0) is KL(X||Y) and (0, 1) KL(Y||X), as bare x log(x/y); at other zero exponents it is the limit.
     """
-    if spec.kind == "forward_kl":
-        return forward_kl(logp, logq)
-    if spec.kind == "reverse_kl":
-        return reverse_kl(logp, logq)
+    if (alpha, beta) == (1.0, 0.0):
+        return logx.exp() * (logx - logy)
+    if (alpha, beta) == (0.0, 1.0):
+        return logy.exp() * (logy - logx)
+    if beta == 0.0 or alpha == 0.0:
+        # D_{a,0} = sum x^a (a log x/y) - x^a + y^a, over a^2; D_{0,b} the same with x and y exchanged.
+        a, logx, logy = (alpha, logx, logy) if beta == 0.0 else (beta, logy, logx)
+        xa, ya = (a * logx).exp(), (a * logy).exp()
+        return (xa * a * (logx - logy) - xa + ya) / (a * a)
+    both = alpha + beta
+    cross = (alpha * logx + beta * logy).exp()
+    return -(cross - alpha / both * (both * logx).exp() - beta / both * (both * logy).exp()) / (alpha * beta)
+
+
+def assistant(spec: AssistantNow, logp: Tensor, logq: Tensor) -> Tensor:
+    """log r of the power mean M_{a,share}(p, q), normalised (AMiD, 2510.15982)."""
+    logq = logq.detach() if spec.detach else logq
+    if spec.share in (0.0, 1.0):
+        logr = logp if spec.share else logq
+    else:
+        k, more, less = (1.0 - spec.a) / 2.0, math.log(spec.share), math.log1p(-spec.share)
+        if abs(k) < GEOMETRIC:
+            logr = spec.share * logp + (1.0 - spec.share) * logq
+        else:
+            logr = torch.logaddexp(more + k * logp, less + k * logq) / k
+    if spec.a == -1.0 and spec.power == 1.0:
+        return logr  # the mean of two distributions is one
+    return (spec.power * logr).log_softmax(-1)
+
+
+def _ungated(gate: Score, logp: Tensor, logq: Tensor) -> Tensor | float:
+    if gate.constant is None:
+        raise TypeError("this divergence has a gate, and a gate needs tokens")
+    return gate.constant
+
+
+def arms_of(
+    arms: list[ArmNow], between: AssistantNow | None, logp: Tensor, logq: Tensor, gate_of: GateOf = _ungated
+) -> Tensor:
+    """Sum of the arms, teacher `logp` and student `logq` `[..., V]` to `[...]`."""
+    logp, logq = finite(logp), finite(logq)
+    sides = {"p": logp, "q": logq}
+    if between is not None:
+        sides["r"] = finite(assistant(between, logp, logq))
+    total = logq.new_zeros(logq.shape[:-1])
+    for arm in arms:
+        entries = alpha_beta_entries(sides[arm.x], sides[arm.y], arm.alpha, arm.beta)
+        value = entries.sum(-1)
+        if arm.gate is not None:
+            gate = torch.as_tensor(gate_of(arm.gate, logp, logq), dtype=entries.dtype, device=entries.device).detach()
+            value = (gate * entries).sum(-1) if gate.dim() == entries.dim() else gate * value
+        total = total + arm.weight * value
+    return total
+
+
+def total_variation(logp: Tensor, logq: Tensor) -> Tensor:
+    """Half the sum of |p - q| (f-DISTILL, 2307.15190)."""
+    return 0.5 * (logp.exp() - logq.exp()).abs().sum(-1)
+
+
+def pair_differences(weights: tuple[str, str], logp: Tensor, logq: Tensor) -> Tensor:
+    """Half the weighted sum over x, y of (d_x - d_y)^2, d = log q - log p (CSD, 2509.25837); the weights are data.
+
+    Over part of the vocabulary the weights are normalised there. Uniform ones give the variance of d.
+    """
+    logp, logq = finite(logp), finite(logq)
+    d = logq - logp
+    of = {"teacher": logp, "student": logq.detach(), "uniform": torch.zeros_like(d)}
+    one, two = (of[name].softmax(-1) for name in weights)
+    # Centred where the cross term vanishes; it also keeps the digits of a small spread around a large mean.
+    squares = (d - (two * d).sum(-1, keepdim=True)).square()
+    return 0.5 * ((one + two) * squares).sum(-1)
+
+
+def preference(beta: float, logp: Tensor, logq: Tensor) -> Tensor:
+    """-log sigmoid(beta ((log q_c - log q_r) - (log p_c - log p_r))), c the teacher's argmax, r the student's (DPKD).
+
+    As released with 2406.19774; log 2 at p = q, where c = r and there is no gradient.
+    """
+    logp, logq = finite(logp), finite(logq)
+    chosen, rejected = logp.argmax(-1, keepdim=True), logq.argmax(-1, keepdim=True)
+    margin = (logq.gather(-1, chosen) - logq.gather(-1, rejected)) - (
+        logp.gather(-1, chosen) - logp.gather(-1, rejected)
+    )
+    return -torch.nn.functional.logsigmoid(beta * margin.squeeze(-1))
+
+
+def divergence_of(
+    spec: Divergence, logp: Tensor, logq: Tensor, moment: Moment = START, gate_of: GateOf = _ungated
+) -> Tensor:
+    """The divergence that `spec` names at a moment of a run, log-probs `[..., V]` to `[...]`."""
+    if spec.of_arms:
+        return arms_of(*spec.now(moment), logp, logq, gate_of)
+    if spec.kind == "tv":
+        return total_variation(logp, logq)
+    if spec.kind == "pair":
+        assert spec.weights is not None
+        return pair_differences(spec.weights, logp, logq)
+    assert spec.kind == "preference", spec.kind
     assert spec.beta is not None
-    value = jensen_shannon(logp, logq, spec.beta)
-    return value if spec.scale == "paper" else value / (spec.beta * (1.0 - spec.beta))
+    return preference(spec.beta.at(moment), logp, logq)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdrl.objectives.divergence import finite
-from kdrl.objectives.specs import Support
+from kdrl.objectives.logspace import finite
+from kdrl.objectives.support_specs import Support
 
 
 def _clamp(ratio: Tensor, bound: float | None) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kdrl.objectives.logspace import entropy as entropy_of
+
 # Elements of one chunk of logits: 16 MiB in float32.
 CHUNK_ELEMENTS = 1 << 22
 
@@ -46,7 +48,7 @@ class Head:
             return torch.log_softmax(logits_NV / temperature, dim=-1)
 
 
-# fn(logq_MV, token slice) -> loss_M: one comparison of the student's distribution with a teacher's evidence.
+# fn(logq_MV, token slice) -> numbers [M, ...]: one comparison of the student's distribution with a teacher's evidence.
 Comparison = Callable[[Tensor, slice], Tensor]
 
 
@@ -57,11 +59,6 @@ class TokenScores:
     logp_N: Tensor
     entropy_N: Tensor | None
     losses_N: tuple[Tensor, ...]
-
-
-def entropy_of(logp_NV: Tensor) -> Tensor:
-    """Entropy in nats over the last axis; outcomes of no probability count zero."""
-    return -(logp_NV.exp() * torch.where(torch.isneginf(logp_NV), 0.0, logp_NV)).sum(-1)
 
 
 def chunks(tokens: int, vocab_size: int, chunk_tokens: int | None = None) -> list[slice]:

@@ -14,6 +14,7 @@ from kdrl.objectives.masks import MaskContext, evaluate_mask, reads_entropy
 from kdrl.objectives.policy import advantages
 from kdrl.objectives.reduce import token_weights
 from kdrl.objectives.schedules import START, Moment
+from kdrl.objectives.scores import Tokens, column
 from kdrl.objectives.terms import Distill, PolicyGradient, Term, TokenView
 
 
@@ -92,6 +93,23 @@ class Objective:
         return found
 
 
+def token_data(rollouts: Rollouts) -> dict[str, Tensor]:
+    """Columns that scores may read, `[N]` each: place in the response, its length, reward, verdict, group's rate."""
+    row_N, length_B = rollouts.row_N, torch.bincount(rollouts.row_N, minlength=rollouts.rows)
+    start_B = length_B.cumsum(0) - length_B
+    _, group_B = rollouts.group_B.unique(return_inverse=True)
+    right_B = rollouts.correct_B.float()
+    count_G = torch.bincount(group_B)
+    rate_B = (torch.zeros_like(count_G, dtype=right_B.dtype).index_add(0, group_B, right_B) / count_G)[group_B]
+    return {
+        "index": torch.arange(rollouts.tokens, device=row_N.device) - start_B[row_N],
+        "length": length_B[row_N],
+        "reward": rollouts.reward_B[row_N],
+        "correct": rollouts.correct_B[row_N],
+        "group_rate": rate_B[row_N],
+    }
+
+
 def _mixed(rollouts: Rollouts) -> Tensor:
     """Responses of groups whose rewards differ, bool `[B]`."""
     mixed_B = torch.zeros_like(rollouts.correct_B)
@@ -132,6 +150,18 @@ def reduction(active: Active, rollouts: Rollouts, rows: Sequence[int]) -> Tensor
     return out_N * rollouts.importance_N
 
 
+def view_tokens(view: TokenView) -> Tokens:
+    """What a score may see of a term's tokens when no distribution is at hand."""
+    return Tokens(
+        data=view.data,
+        logq_C=view.logq_N.detach(),
+        logp_C=view.teacher_N,
+        entropy_C=view.entropy_N,
+        measured=view.measured,
+        moment=view.moment,
+    )
+
+
 def weighted_loss(active: Active, view: TokenView, weight_M: Tensor) -> Tensor:
     """The term's share of a micro-batch's loss, before its coefficient: sum of weight x per-token loss.
 
@@ -140,4 +170,7 @@ def weighted_loss(active: Active, view: TokenView, weight_M: Tensor) -> Tensor:
     Tokens of zero weight are left out, not multiplied by zero: a log-prob of -inf there must not make NaN.
     """
     loss_M = active.term.loss(view)
+    if active.term.needs.teacher != "distribution" and active.term.config.scale.constant != 1.0:
+        # A term over distributions has applied its scale where it had them.
+        loss_M = loss_M * column(active.term.config.scale(view_tokens(view)), loss_M)
     return torch.where(weight_M != 0, loss_M * weight_M, 0.0).sum()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -10,10 +11,23 @@ from torch import Tensor
 
 from kdrl.batch import Rollouts
 from kdrl.objectives.head import Comparison, Head
-from kdrl.objectives.terms import Term
+from kdrl.objectives.schedules import START, Moment
+from kdrl.objectives.scores import Tokens
 
 # `token`: log-probs of the sampled tokens; `distribution`: hidden states and head too, never N x V logits.
 Need = Literal["token", "distribution"]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a comparison may know of a step's N tokens beside the distributions."""
+
+    tokens_N: Tensor
+    data: Mapping[str, Tensor]
+    reference: Evidence | None = None
+    uniform_NK: Tensor | None = None
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
+    moment: Moment = START
 
 
 @dataclass(frozen=True)
@@ -35,22 +49,48 @@ class Evidence:
         """Tokens that the teacher scored, bool `[N]`."""
         return self.where_N >= 0
 
-    def comparison(self, term: Term, index_M: Tensor) -> Comparison:
-        """A function for the chunked head: the term's divergence at tokens `index_M`, 0 where not scored."""
-        hidden_MD, head = self.hidden_MD, self.head
-        if hidden_MD is None or head is None:
+    @torch.no_grad()
+    def logp(self, index_C: Tensor, like: Tensor) -> Tensor:
+        """Log-probs `[C, V]` of scored tokens, of the type and on the device of `like`."""
+        if self.hidden_MD is None or self.head is None:
             raise TypeError("this evidence holds no distribution")
+        hidden_CD = self.hidden_MD[self.where_N[index_C]]
+        return self.head.logp(hidden_CD.to(like.device), self.temperature).to(like.dtype)
+
+    def comparison(
+        self, compare: Callable[[Tokens, Tensor], Tensor], index_M: Tensor, given: Given, width: int = 3
+    ) -> Comparison:
+        """A function for the chunked head: `compare` at tokens `index_M`, `[C, width]`, 0 where not scored."""
         where_M = self.where_N[index_M]
 
-        def compare(logq_CV: Tensor, part: slice) -> Tensor:
-            where_C = where_M[part]
-            have_C = where_C >= 0
-            with torch.no_grad():
-                logp = head.logp(hidden_MD[where_C[have_C]].to(logq_CV.device), self.temperature).to(logq_CV.dtype)
-            loss_C = logq_CV.new_zeros(len(logq_CV))
-            return loss_C.index_put((have_C.nonzero().squeeze(1),), term.compare(logp, logq_CV[have_C]))
+        def within(logq_CV: Tensor, part: slice) -> Tensor:
+            have_C = where_M[part] >= 0
+            index_C = index_M[part][have_C]
+            tokens = self._tokens(index_C, logq_CV[have_C].detach(), given)
+            out_C = logq_CV.new_zeros(len(logq_CV), width)
+            return out_C.index_put((have_C.nonzero().squeeze(1),), compare(tokens, logq_CV[have_C]))
 
-        return compare
+        return within
+
+    def _tokens(self, index_C: Tensor, logq_CV: Tensor, given: Given) -> Tokens:
+        logp_CV = self.logp(index_C, logq_CV)
+        token_C = given.tokens_N[index_C]
+        logq_C, logp_C = (x.gather(-1, token_C[:, None]).squeeze(-1) for x in (logq_CV, logp_CV))
+        reference = given.reference
+        known = reference is not None and reference.hidden_MD is not None
+        return Tokens(
+            data={name: values_N[index_C] for name, values_N in given.data.items()},
+            logq_C=logq_C,
+            logp_C=logp_C,
+            token_C=token_C,
+            logp_CV=logp_CV,
+            logq_CV=logq_CV,
+            reference_CV=reference.logp(index_C, logq_CV) if known and reference is not None else None,
+            uniform_CK=None if given.uniform_NK is None else given.uniform_NK[index_C],
+            temperature=self.temperature,
+            measured={key: values_N[index_C] for key, values_N in given.measured.items()},
+            moment=given.moment,
+        )
 
 
 class Teacher(Protocol):

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
+from kdrl.objectives.distill import Distill, DistillConfig
+from kdrl.objectives.scores import Tokens
 from kdrl.objectives.terms import TokenView
 
 Array = np.ndarray
@@ -118,3 +120,26 @@ def token_view(logq_N: Tensor, row_N: Any = None, **fields: Any) -> TokenView:
         "correct_N": torch.zeros(count, dtype=torch.bool),
     }
     return TokenView(logq_N=logq_N, row_N=rows_N, **(defaults | fields))
+
+
+def tokens_of(logp_CV: Tensor, logq_CV: Tensor, token_C: Any = None, **more: Any) -> Tokens:
+    """What a comparison sees of C tokens whose distributions are these."""
+    token_C = torch.zeros(len(logq_CV), dtype=torch.long) if token_C is None else torch.as_tensor(token_C)
+    pick = token_C[:, None]
+    return Tokens(
+        data=more.pop("data", {}),
+        logq_C=logq_CV.detach().gather(-1, pick)[:, 0],
+        logp_C=logp_CV.gather(-1, pick)[:, 0],
+        token_C=token_C,
+        logp_CV=logp_CV,
+        logq_CV=logq_CV.detach(),
+        **more,
+    )
+
+
+def distribution_loss(config: DistillConfig, logp: Tensor, logq: Tensor, token: Any = None, **more: Any) -> Tensor:
+    """The loss per token of a distillation term from log-probs `[..., V]`."""
+    flat_p, flat_q = logp.reshape(-1, logp.shape[-1]), logq.reshape(-1, logq.shape[-1])
+    token = None if token is None else torch.as_tensor(token).reshape(-1)
+    tokens = tokens_of(flat_p, flat_q, token, **more)
+    return Distill(config).compare(tokens, flat_q)[:, 0].reshape(logq.shape[:-1])

@@ -235,13 +235,6 @@ def test_what_is_refused_really_cannot_teach():
         assert min(np.abs(found - forward).max(), np.abs(found - reverse).max()) > 1e-2
 
 
-@pytest.mark.parametrize("on", [["student"], ["privileged", "student"], ["gold"]])
-def test_the_student_as_its_own_teacher_needs_the_privileged_prompt(on: list[str]):
-    with pytest.raises(ValidationError, match=r"needs `on: \[privileged\]`"):
-        DistillConfig.model_validate({"teacher": "self", "on": on})
-    assert DistillConfig.model_validate({"teacher": "self", "on": ["privileged"]}).teacher == "self"
-
-
 def test_a_clamp_where_nothing_is_sampled_is_refused():
     with pytest.raises(ValidationError, match="clamp bounds a sampled-token ratio"):
         DistillConfig.model_validate({"support": "full", "clamp": 5.0})

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 from kdrl.objectives.divergence import divergence_of
 from kdrl.objectives.head import Head, chunks, entropy_of, score_tokens
 from kdrl.objectives.specs import Divergence
-from kdrl.objectives.terms import DistillConfig, distribution_loss
+from kdrl.objectives.terms import DistillConfig
 
-from .reference import close, quick
+from .reference import close, distribution_loss, quick
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch import Tensor
 from kdrl.objectives.reduce import Reduce, token_weights
 from kdrl.objectives.terms import TERMS, Term, TokenView
 
-from .reference import Array, as_tensor, close, quick, token_view
+from .reference import Array, as_tensor, close, quick, tokens_of, token_view
 
 # Response 0 keeps two of three tokens, response 1 its only one, response 2 none of two; response 3 has no tokens.
 KEEP = torch.tensor([True, False, True, True, False, False])
@@ -153,7 +153,7 @@ class Step:
         place = {row: i for i, row in enumerate(rows)}
         extra = {}
         if term.needs.teacher == "distribution":
-            extra["divergence_N"] = term.compare(self.teacher_NV[tokens], logq_NV)
+            extra["divergence_N"] = term.compare(tokens_of(self.teacher_NV[tokens], logq_NV), logq_NV)[:, 0]
         if term.needs.entropy:
             extra["entropy_N"] = -(logq_NV.exp() * logq_NV).sum(-1)
         view = token_view(

@@ -62,7 +62,7 @@ def test_reference_leash_by_hand():
         ("distill", {}, Needs(teacher="distribution")),
         ("distill", {"support": {"token": "k2"}}, Needs(teacher="token")),
         ("cross_entropy", {}, Needs()),
-        ("reference_kl", {}, Needs(reference=True)),
+        ("reference_kl", {}, Needs(reference="token")),
         ("entropy", {}, Needs(entropy=True)),
     ],
 )
