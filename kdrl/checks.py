@@ -5,8 +5,9 @@ from __future__ import annotations
 from kdrl.errors import UserError
 from kdrl.objectives.masks import mask_names, reads_entropy
 from kdrl.objectives.objective import Objective
-from kdrl.objectives.terms import TERMS, Distill, PolicyGradient, Term
+from kdrl.objectives.terms import TERMS, Distill, PolicyGradient, Preference, ReferenceKL, SequenceKL, Term
 from kdrl.recipe import Recipe
+from kdrl.score_checks import check_scores, reads_rewards
 
 OF_CORRECTNESS = {"wrong_response", "right_response", "wrong_group"}
 
@@ -34,6 +35,7 @@ def needs_rewards(recipe: Recipe, objective: Objective) -> bool:
         or bool(masks & OF_CORRECTNESS)
         or recipe.source.kind == "privileged"
         or recipe.rollout.dynamic_sampling > 0
+        or any(reads_rewards(t) for t in objective.terms)
     )
 
 
@@ -44,6 +46,7 @@ def check_recipe(recipe: Recipe) -> None:
     objective = build_objective(recipe)
     _check_teacher(recipe, objective)
     _check_rollouts(recipe, objective)
+    check_scores(recipe, objective)
     rates = [recipe.optimizer.lr(step, recipe.steps) for step in (0, max(0, recipe.steps - 1))]
     if min(rates) < 0.0:
         raise UserError(f"optimizer.lr is {min(rates):g} at one end of the run, and would undo what it should learn.")
@@ -84,9 +87,10 @@ def _check_term(recipe: Recipe, name: str, term: Term) -> None:
             f"{', '.join(origins)}; change source or objective.{name}.on."
         )
     read = set(config.on) & set(origins)
+    if isinstance(term, Preference):
+        _check_preference(recipe, name, term, read)
     if isinstance(term, PolicyGradient):
-        if read != {"student"}:
-            raise UserError(f"objective.{name} is a gradient of the student's own samples: set on: [student].")
+        _check_writers(recipe, name, term, read)
         grouped = config.advantage.baseline in ("group_mean", "leave_one_out")
         if grouped and recipe.rollout.group < 2:
             raise UserError(
@@ -96,8 +100,9 @@ def _check_term(recipe: Recipe, name: str, term: Term) -> None:
         if config.advantage.baseline == "none" and config.advantage.scale == "group_std" and recipe.rollout.group < 2:
             raise UserError("a group of one response has no standard deviation; set rollout.group to 2 or more.")
     sampled = isinstance(term, Distill) and config.support.kind == "token"
-    foreign = ", ".join(sorted(read - {"student"}))
-    if (sampled or term.needs.reference) and foreign:
+    own = {"student", "mixed"} if isinstance(term, SequenceKL) else {"student"}
+    foreign = ", ".join(sorted(read - own))
+    if (sampled or isinstance(term, ReferenceKL | SequenceKL)) and foreign:
         raise UserError(
             f"objective.{name} estimates a KL from the student's own samples; on {foreign} "
             "text that is not its gradient. Set on: [student], or support: full."
@@ -112,3 +117,36 @@ def _check_term(recipe: Recipe, name: str, term: Term) -> None:
         raise UserError("cross_entropy is the likelihood at temperature 1; set rollout.temperature to 1.")
     if reads_entropy(config.mask) and "student" not in read:
         raise UserError(f"objective.{name}.mask looks at the entropy of the student's own rollouts; set on: [student].")
+
+
+def _check_writers(recipe: Recipe, name: str, term: PolicyGradient, read: set[str]) -> None:
+    """Whose responses a policy gradient may read: the student's, and with `off_policy` the teacher's beside them."""
+    off_policy = term.config.off_policy
+    if off_policy is None and read != {"student"}:
+        raise UserError(
+            f"objective.{name} is a gradient of the student's own samples: set on: [student], or "
+            "off_policy: {shape: 0.1} for a teacher's responses in the same group."
+        )
+    if off_policy is not None and read != {"student", "teacher"}:
+        raise UserError(
+            f"objective.{name}.off_policy learns from a teacher's responses beside the student's own, but the term "
+            f"reads {', '.join(sorted(read))} here; set on: [student, teacher] and a source such as {{guided: 1}}."
+        )
+
+
+def _check_preference(recipe: Recipe, name: str, term: Preference, read: set[str]) -> None:
+    config, kind = term.config, recipe.source.kind
+    if recipe.optimizer.minibatches > 1:
+        raise UserError(
+            f"objective.{name} compares the responses of a group, and optimizer.minibatches would tear groups apart; "
+            "set it to 1 (optimizer.epochs may still be more)."
+        )
+    if config.loss == "kto" and "student" not in read:
+        raise UserError(f"objective.{name} measures the policy's drift on the student's own responses; read them too.")
+    if config.by == "origin" and (len(read) < 2 or "student" not in read):
+        raise UserError(
+            f"objective.{name} prefers another writer's text to the student's own, but reads only "
+            f"{', '.join(sorted(read))}; set source: {{pair: {{chosen: teacher, rejected: student}}}}, or by: reward."
+        )
+    if config.loss != "kto" and kind in ("student", "teacher", "guided") and recipe.rollout.group < 2:
+        raise UserError(f"a group of one response holds no pair for objective.{name}; set rollout.group to 2 or more.")

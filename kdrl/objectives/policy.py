@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -22,12 +23,14 @@ NAMED_ADVANTAGES: dict[str, dict[str, str]] = {
 
 
 class Advantage(Config):
-    """`grpo`, `dr_grpo`, `rloo`, `reinforce`, `batch_std`, or `{baseline: ..., scale: ...}`."""
+    """`grpo`, `dr_grpo`, `rloo`, `reinforce`, `batch_std`, or `{baseline: ..., scale: ..., calibrate: ...}`."""
 
     baseline: Literal["group_mean", "leave_one_out", "batch_mean", "none"] = "group_mean"
     """What is subtracted from a reward: its group's mean, the mean of the others in the group, or the batch's."""
     scale: Literal["group_std", "batch_std", "none"] = "group_std"
     """What it is then divided by: the sample standard deviation (n - 1) of its group or of the batch."""
+    calibrate: float | None = None
+    """Replace a reward by exp(t u), its sign that of t: u is the share of its group at or below it (2412.19792)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -38,10 +41,29 @@ class Advantage(Config):
             return NAMED_ADVANTAGES[raw]
         return raw
 
+    @model_validator(mode="after")
+    def _check(self) -> Advantage:
+        if self.calibrate == 0.0:
+            raise ValueError(
+                "advantage.calibrate 0 makes every reward the same; leave it out, or give 10 for best-of-n"
+            )
+        return self
+
     @model_serializer
     def _write(self) -> Any:
-        mine = {"baseline": self.baseline, "scale": self.scale}
+        mine: dict[str, Any] = {"baseline": self.baseline, "scale": self.scale}
+        if self.calibrate is not None:
+            return mine | {"calibrate": self.calibrate}
         return next((name for name, spec in NAMED_ADVANTAGES.items() if spec == mine), mine)
+
+
+def calibrated(rewards: Tensor, tilt: float) -> Tensor:
+    """sign(t) exp(t u) of one group's rewards, u the share of the group at or below each (InfAlign, 2412.19792).
+
+    Left out: quantiles under the initial policy; the group is the present one's.
+    """
+    share = (rewards[None, :] <= rewards[:, None]).to(rewards.dtype).mean(1)
+    return math.copysign(1.0, tilt) * torch.exp(tilt * share)
 
 
 def _scaled(values: Tensor, rewards: Tensor) -> Tensor:
@@ -56,6 +78,10 @@ def advantages(spec: Advantage, rewards_B: Tensor, group_B: Tensor) -> Tensor:
 
     A group of one has no group baseline: its advantage is zero (leave_one_out, group_mean).
     """
+    if spec.calibrate is not None:
+        rewards_B = rewards_B.clone()
+        for group in group_B.unique():
+            rewards_B[group_B == group] = calibrated(rewards_B[group_B == group], spec.calibrate)
     out = torch.zeros_like(rewards_B)
     for group in group_B.unique():
         mine = group_B == group
@@ -76,14 +102,14 @@ def advantages(spec: Advantage, rewards_B: Tensor, group_B: Tensor) -> Tensor:
 
 
 class Clip(Config):
-    """How far one update may move a token: PPO's clipped minimum, CISPO's capped weight, or nothing."""
+    """How far one update may move a token: PPO's clipped minimum, CISPO's capped weight, a range, or nothing."""
 
-    kind: Literal["ppo", "cispo", "none"] = "ppo"
-    """`ppo`: min(rA, clip(r)A); `cispo`: sg(min(r, cap)) A log pi; `none`: rA."""
+    kind: Literal["ppo", "cispo", "masked", "none"] = "ppo"
+    """`ppo`: min(rA, clip(r)A); `cispo`: sg(min(r, cap)) A log pi; `masked`: sg(r) A log pi in range; `none`: rA."""
     low: float = Field(default=0.2, ge=0.0, le=1.0)
-    """The ratio is not rewarded below 1 - low (ppo)."""
+    """ppo: the ratio is not rewarded below 1 - low; masked: a token below it is dropped (IcePop, MOPD 2601.02780)."""
     high: float = Field(default=0.2, ge=0.0)
-    """The ratio is not rewarded above 1 + high (ppo); larger than low is DAPO's clip-higher."""
+    """ppo: not rewarded above 1 + high; larger than low is DAPO's clip-higher; masked: a token above it is dropped."""
     dual: float | None = None
     """For negative advantages the loss is bounded by dual * |A| (dual clip, 1912.09729; ppo); must exceed 1."""
     cap: float | None = Field(default=None, gt=0.0)
@@ -93,7 +119,7 @@ class Clip(Config):
     def _check(self) -> Clip:
         if (self.kind == "cispo") != (self.cap is not None):
             raise ValueError("clip.cap belongs to `kind: cispo`, which needs it (5.0 in the ScaleRL recipe)")
-        given = self.model_fields_set & {"low", "high", "dual"}
+        given = self.model_fields_set & ({"dual"} if self.kind == "masked" else {"low", "high", "dual"})
         if self.kind != "ppo" and given:
             raise ValueError(f"clip.{min(given)} belongs to `kind: ppo`, not to {self.kind}")
         if self.dual is not None and self.dual <= 1.0:
@@ -102,7 +128,8 @@ class Clip(Config):
 
     @model_serializer
     def _write(self) -> dict[str, Any]:
-        keys = {"ppo": ("low", "high", "dual"), "cispo": ("cap",), "none": ()}[self.kind]
+        ranges = ("low", "high")
+        keys = {"ppo": (*ranges, "dual"), "cispo": ("cap",), "masked": ranges, "none": ()}[self.kind]
         return {"kind": self.kind} | {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
 
 
@@ -116,6 +143,10 @@ def clipped_loss(spec: Clip, log_ratio_N: Tensor, advantage_N: Tensor, logq_N: T
         weight_N = ratio_N.detach().clamp(max=spec.cap)
         return -weight_N * advantage_N * logq_N, ratio_N.detach() > spec.cap
     bounded_N = ratio_N.clamp(1.0 - spec.low, 1.0 + spec.high)
+    if spec.kind == "masked":
+        dropped_N = bounded_N.detach() != ratio_N.detach()
+        weight_N = torch.where(dropped_N, 0.0, ratio_N.detach())
+        return -weight_N * advantage_N * logq_N, dropped_N
     gain_N = torch.minimum(ratio_N * advantage_N, bounded_N * advantage_N)
     held_N = bounded_N * advantage_N < ratio_N * advantage_N
     if spec.dual is not None:

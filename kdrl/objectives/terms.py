@@ -6,6 +6,8 @@ from kdrl.objectives.base import TERMS, Needs, ScheduleField, Term, TermConfig, 
 from kdrl.objectives.distill import Distill, DistillConfig, distribution_loss
 from kdrl.objectives.likelihood import CrossEntropy, EntropyBonus, ReferenceKL, ReferenceKLConfig
 from kdrl.objectives.policy_gradient import PolicyGradient, PolicyGradientConfig, TeacherAnchor
+from kdrl.objectives.preference import Preference, PreferenceConfig
+from kdrl.objectives.returns import SequenceKL, SequenceKLConfig
 
 __all__ = [
     "TERMS",
@@ -16,9 +18,13 @@ __all__ = [
     "Needs",
     "PolicyGradient",
     "PolicyGradientConfig",
+    "Preference",
+    "PreferenceConfig",
     "ReferenceKL",
     "ReferenceKLConfig",
     "ScheduleField",
+    "SequenceKL",
+    "SequenceKLConfig",
     "TeacherAnchor",
     "Term",
     "TermConfig",
