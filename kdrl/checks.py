@@ -7,7 +7,6 @@ from kdrl.objectives.masks import mask_names, reads_entropy
 from kdrl.objectives.objective import Objective
 from kdrl.objectives.terms import TERMS, Distill, PolicyGradient, Preference, ReferenceKL, SequenceKL, Term
 from kdrl.recipe import Recipe
-from kdrl.score_checks import check_scores, reads_rewards
 
 OF_CORRECTNESS = {"wrong_response", "right_response", "wrong_group"}
 
@@ -35,7 +34,6 @@ def needs_rewards(recipe: Recipe, objective: Objective) -> bool:
         or bool(masks & OF_CORRECTNESS)
         or recipe.source.kind == "privileged"
         or recipe.rollout.dynamic_sampling > 0
-        or any(reads_rewards(t) for t in objective.terms)
     )
 
 
@@ -46,7 +44,6 @@ def check_recipe(recipe: Recipe) -> None:
     objective = build_objective(recipe)
     _check_teacher(recipe, objective)
     _check_rollouts(recipe, objective)
-    check_scores(recipe, objective)
     rates = [recipe.optimizer.lr(step, recipe.steps) for step in (0, max(0, recipe.steps - 1))]
     if min(rates) < 0.0:
         raise UserError(f"optimizer.lr is {min(rates):g} at one end of the run, and would undo what it should learn.")
