@@ -130,6 +130,12 @@ def _load_tokenizer(config: TeacherModelConfig, origin: Origin | None) -> PreTra
     return tokenizer
 
 
+def load_tokenizer(config: TeacherModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a recipe section without its model; raises UserError."""
+    with quiet():
+        return _load_tokenizer(config, None if isinstance(config.model, NewModel) else find_origin(config))
+
+
 def _make_new(config: TeacherModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     assert isinstance(config.model, NewModel)
     hf_config = _without_dropout(new_model_config(config.model, _ids_of(tokenizer), tokenizer))
