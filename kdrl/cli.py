@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from kdrl.data.commands import register
 from kdrl.errors import UserError
 
 app = typer.Typer(
@@ -195,6 +196,9 @@ def report(
     table, path = report_runs(runs, output or runs[0].parent)
     console.print(table)
     console.print(f"report: {path}", markup=False)
+
+
+register(app)
 
 
 def _fail(text: str, status: int) -> None:

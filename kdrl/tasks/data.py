@@ -27,6 +27,7 @@ class _Entry:
     problem: Problem
     shown: Rendered
     where: str
+    row: Mapping[str, Any]
     weight: float = 1.0
 
 
@@ -74,7 +75,7 @@ class DataTask:
 
     def _entry(self, where: str, row: Mapping[str, Any] | Problem) -> _Entry:
         if isinstance(row, Problem):
-            return _Entry(row, keyed(self.config, row.prompt, row.meta, where), where)
+            return _Entry(row, keyed(self.config, row.prompt, row.meta, where), where, row.meta)
         shown = self._prompt(where, row)
         reference = _column(self.config, row, "answer", where)
         if self.config.reference_extract.how != "whole":
@@ -84,7 +85,7 @@ class DataTask:
             reference = found
         meta = {**row, "where": where}
         problem = Problem(problem_id(shown.prompt), shown.prompt, reference, self._solution(where, row), meta)
-        return _Entry(problem, shown, where, _weight(self.config, row, where))
+        return _Entry(problem, shown, where, row, _weight(self.config, row, where))
 
     def _solution(self, where: str, row: Mapping[str, Any]) -> str | None:
         """The worked solution; of a trace that `kdrl generate` wrote, its response where that is right."""
@@ -136,10 +137,10 @@ class DataTask:
             return ListStream(kept[: self.config.limit], self.seed, self.solver.train, skipped)
         return ListStream(kept, None, self.solver.held_out, skipped)
 
-    def rows(self, split: str) -> list[tuple[str, Problem]]:
-        """Where each row of a split stands and what it holds, in the order of the file; repetitions included."""
+    def rows(self, split: str) -> list[tuple[str, Mapping[str, Any], Problem]]:
+        """Each row of a split, where it stands and what it asks, in the order of the file; repetitions included."""
         check_split(split)
-        return [(entry.where, entry.problem) for entry in self._entries.get(split, [])]
+        return [(entry.where, entry.row, entry.problem) for entry in self._entries.get(split, [])]
 
     def _fits(self, problem: Problem, skipped: Counter[str]) -> bool:
         fits = self.limit.fits(problem)

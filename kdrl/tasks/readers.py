@@ -108,6 +108,8 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 _READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
+ENDINGS = tuple(_READERS)
+"""How the name of a data file may end."""
 
 
 def read_hub(name: str, settings: Mapping[str, Any], split: str) -> Iterator[Row]:
