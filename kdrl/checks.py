@@ -7,6 +7,8 @@ from kdrl.objectives.masks import mask_names, reads_entropy
 from kdrl.objectives.objective import Objective
 from kdrl.objectives.terms import TERMS, Distill, PolicyGradient, Preference, ReferenceKL, SequenceKL, Term
 from kdrl.recipe import Recipe
+from kdrl.score_checks import check_scores, reads_rewards
+from kdrl.sources.checks import check_filtered_rewards, check_source, foreign_reason, own_samples
 
 OF_CORRECTNESS = {"wrong_response", "right_response", "wrong_group"}
 
@@ -22,7 +24,8 @@ def teacher_terms(objective: Objective) -> list[Term]:
     return [
         t
         for t in objective.terms
-        if t.needs.teacher is not None and not (isinstance(t, Distill) and t.config.teacher == "self")
+        if t.needs.features
+        or (t.needs.teacher is not None and not (isinstance(t, Distill) and t.config.teacher == "self"))
     ]
 
 
@@ -32,8 +35,9 @@ def needs_rewards(recipe: Recipe, objective: Objective) -> bool:
     return (
         any(t.needs.rewards for t in objective.terms)
         or bool(masks & OF_CORRECTNESS)
-        or recipe.source.kind == "privileged"
+        or recipe.source.settings.judges
         or recipe.rollout.dynamic_sampling > 0
+        or any(reads_rewards(t) for t in objective.terms)
     )
 
 
@@ -44,6 +48,8 @@ def check_recipe(recipe: Recipe) -> None:
     objective = build_objective(recipe)
     _check_teacher(recipe, objective)
     _check_rollouts(recipe, objective)
+    check_source(recipe)
+    check_scores(recipe, objective)
     rates = [recipe.optimizer.lr(step, recipe.steps) for step in (0, max(0, recipe.steps - 1))]
     if min(rates) < 0.0:
         raise UserError(f"optimizer.lr is {min(rates):g} at one end of the run, and would undo what it should learn.")
@@ -53,14 +59,14 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _check_teacher(recipe: Recipe, objective: Objective) -> None:
     asking = teacher_terms(objective)
-    writes = "teacher" in recipe.source.origins
+    writes = recipe.source.settings.asks_teacher
     if recipe.teacher is None and (asking or writes):
         who = f"{asking[0].name} term asks it" if asking else "source has it write"
         raise UserError(f"there is no teacher, but the {who}; add teacher.model=PATH_OR_ID.")
 
 
 def _check_rollouts(recipe: Recipe, objective: Objective) -> None:
-    rollout, kind = recipe.rollout, recipe.source.kind
+    rollout = recipe.rollout
     if (rollout.top_p < 1.0 or rollout.top_k > 0) and not rollout.filtered:
         raise UserError(
             "rollout.top_p and rollout.top_k cut the policy's distribution, so samples and importance ratios are no "
@@ -68,8 +74,6 @@ def _check_rollouts(recipe: Recipe, objective: Objective) -> None:
         )
     if rollout.filtered and rollout.top_p == 1.0 and rollout.top_k == 0:
         raise UserError("rollout.filtered=true has nothing to allow; set rollout.top_p or rollout.top_k, or remove it.")
-    if rollout.dynamic_sampling and "student" not in recipe.source.origins:
-        raise UserError(f"rollout.dynamic_sampling resamples the student, who writes nothing under source {kind}.")
     if rollout.dynamic_sampling and not any(isinstance(t, PolicyGradient) for t in objective.terms):
         raise UserError(
             "rollout.dynamic_sampling drops groups of equal rewards, but no policy_gradient term uses rewards."
@@ -97,12 +101,11 @@ def _check_term(recipe: Recipe, name: str, term: Term) -> None:
         if config.advantage.baseline == "none" and config.advantage.scale == "group_std" and recipe.rollout.group < 2:
             raise UserError("a group of one response has no standard deviation; set rollout.group to 2 or more.")
     sampled = isinstance(term, Distill) and config.support.kind == "token"
-    own = {"student", "mixed"} if isinstance(term, SequenceKL) else {"student"}
-    foreign = ", ".join(sorted(read - own))
+    foreign = read - own_samples(recipe)
     if (sampled or isinstance(term, ReferenceKL | SequenceKL)) and foreign:
         raise UserError(
-            f"objective.{name} estimates a KL from the student's own samples; on {foreign} "
-            "text that is not its gradient. Set on: [student], or support: full."
+            f"objective.{name} estimates a KL from the student's own samples; on {', '.join(sorted(foreign))} "
+            f"text that is not its gradient. Set on: [student], or support: full.{foreign_reason(foreign)}"
         )
     judged = mask_names(config.mask) & OF_CORRECTNESS
     if read == {"gold"} and judged:
@@ -119,10 +122,12 @@ def _check_term(recipe: Recipe, name: str, term: Term) -> None:
 def _check_writers(recipe: Recipe, name: str, term: PolicyGradient, read: set[str]) -> None:
     """Whose responses a policy gradient may read: the student's, and with `off_policy` the teacher's beside them."""
     off_policy = term.config.off_policy
-    if off_policy is None and read != {"student"}:
+    check_filtered_rewards(recipe, name)
+    if off_policy is None and not read <= own_samples(recipe):
         raise UserError(
             f"objective.{name} is a gradient of the student's own samples: set on: [student], or "
             "off_policy: {shape: 0.1} for a teacher's responses in the same group."
+            f"{foreign_reason(read - own_samples(recipe))}"
         )
     if off_policy is not None and read != {"student", "teacher"}:
         raise UserError(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from kdrl.batch import Response, Rollouts
+from kdrl.calibration import calibrate
 from kdrl.checkpoint import Checkpoints, Loaded, flatten_optimizer, restore_optimizer
 from kdrl.errors import UserError
 from kdrl.measuring import measure_scores
@@ -27,7 +28,6 @@ from kdrl.objectives.schedules import Memory, Moment
 from kdrl.recipe import Recipe
 from kdrl.rollouts import Collected, Collector
 from kdrl.seeds import derive
-from kdrl.sources.text import TeacherSource
 from kdrl.teachers import Evidence, Teacher
 from kdrl.update import Scored, Tally, Updater
 from kdrl.watch import Watch
@@ -72,7 +72,6 @@ class Parts:
     checkpoints: Checkpoints
     evaluate: Callable[[], Mapping[str, float | None]]
     device: str
-    text: TeacherSource | None = None
     skipped: Callable[[], Mapping[str, int]] = dict
 
 
@@ -102,7 +101,7 @@ class Trainer:
 
     def restore(self, saved: Loaded) -> dict[str, int]:
         """Go back to a checkpoint; returns the metric files' byte offsets at that moment."""
-        names = dict(self.parts.student.model.named_parameters())
+        names = self.parts.updater.named_parameters
         # First, because it refuses a checkpoint of other parameters than the recipe's.
         restore_optimizer(self.parts.optimizer, names, saved.tensors["optimizer"], saved.state["optimizer"])
         with torch.no_grad():
@@ -115,27 +114,26 @@ class Trainer:
                 names[name].copy_(value)
         self.progress = Progress(**saved.state["progress"])
         self.memory.states = saved.state["schedules"]
-        self.parts.collector.position = self.progress.position
-        if self.parts.text is not None:
-            self.parts.text.rewind(saved.state["teacher_text"])
+        kept = saved.tensors.get("source", {})
+        self.parts.collector.restore(self.progress.position, saved.state["source"], kept)
         return saved.state["offsets"]
 
     def save(self, watch: Watch, score: float | None) -> Path:
         """Write a checkpoint of everything that the next step depends on."""
-        names = dict(self.parts.student.model.named_parameters())
+        names = self.parts.updater.named_parameters
         trained = {name: p.detach() for name, p in names.items() if p.requires_grad}
         tensors, optimizer = flatten_optimizer(self.parts.optimizer, names)
         state = {"progress": vars(self.progress), "optimizer": optimizer, "offsets": watch.offsets()}
         state["schedules"] = self.memory.states
-        if self.parts.text is not None:
-            state["teacher_text"] = self.parts.text.offset()
-        groups = {"student": trained, "optimizer": tensors}
+        state["source"], kept = self.parts.collector.state()
+        groups = {"student": trained, "optimizer": tensors} | ({"source": kept} if kept else {})
         return self.parts.checkpoints.save(self.progress.step, groups, state, score=score)
 
     def run(self, watch: Watch) -> None:
         """All remaining steps; raises InterruptedRunError after a Ctrl-C and RunError when the numbers break."""
         every, evaluate_every = self.recipe.checkpoint.every, self.recipe.evaluate.every
         with self._listen(watch):
+            calibrate(self.memory, self._calibration_batch, self.parts.updater)
             while self.progress.step < self.recipe.steps:
                 row, responses = self._step()
                 done = self.progress.step
@@ -155,6 +153,14 @@ class Trainer:
                         f"stopped after step {done}; all of it is saved. Go on with: kdrl train --resume "
                         f"{self.parts.run_dir}"
                     )
+
+    def _calibration_batch(self, number: int) -> Scored:
+        """Responses that are written and scored but not trained on, of the problems that training begins with."""
+        moment = Moment(-1 - number, self.recipe.steps, self.memory)
+        position = self.parts.collector.position
+        collected = self.parts.collector.collect(moment, lambda rollouts: set())
+        self.parts.collector.position = position
+        return self._score(Rollouts.of(collected.responses, self.parts.device), moment, Phases())
 
     def _is_best(self, score: float | None) -> bool:
         """Whether this step is the best so far and is to be kept for it."""
@@ -200,10 +206,9 @@ class Trainer:
 
     def _step(self) -> tuple[dict[str, Any], list[Response]]:
         moment, phases = self.moment, Phases()
-        step = moment.step
         start = time.perf_counter()
         with phases.of("rollout"):
-            collected = self.parts.collector.collect(step, lambda rollouts: self._wanted_groups(rollouts, moment))
+            collected = self.parts.collector.collect(moment, lambda rollouts: self._wanted_groups(rollouts, moment))
         phases.seconds["verify"] = collected.verify_seconds
         phases.seconds["rollout"] -= collected.verify_seconds
         rollouts = Rollouts.of(collected.responses, self.parts.device)
@@ -212,7 +217,7 @@ class Trainer:
             tally, norms, balanced = self._update(scored, moment)
         self.progress.step += 1
         self.progress.position = self.parts.collector.position
-        self.progress.responses += collected.generated + collected.privileged_tried
+        self.progress.responses += collected.generated
         self._count_calls(scored)
         for status in self.progress.verdicts:
             self.progress.verdicts[status] += collected.statuses[status]
@@ -229,10 +234,10 @@ class Trainer:
 
     def _wanted_groups(self, rollouts: Rollouts, moment: Moment) -> set[int]:
         """Groups in which a distillation term keeps a token (for dynamic sampling)."""
-        entropy_N = None
+        logq_N = entropy_N = None
         if self.parts.objective.wants_entropy_mask:
-            entropy_N = self.parts.updater.score_policy(rollouts, self.recipe.rollout.temperature)[1]
-        active = self.parts.objective.activate(rollouts, moment, entropy_N)
+            logq_N, entropy_N = self.parts.updater.score_policy(rollouts, self.recipe.rollout.temperature)
+        active = self.parts.objective.activate(rollouts, moment, entropy_N, logq_N)
         kept: set[int] = set()
         for each in active:
             if each.term.family == "kd":
@@ -246,7 +251,7 @@ class Trainer:
         if several or self.parts.objective.wants_entropy_mask:
             with phases.of("update"):
                 old_N, entropy_N = self.parts.updater.score_policy(rollouts, temperature)
-        active = self.parts.objective.activate(rollouts, moment, entropy_N)
+        active = self.parts.objective.activate(rollouts, moment, entropy_N, old_N)
         with phases.of("teacher"):
             evidence = {name: self._ask(name, rollouts, active) for name in {a.teacher for a in active} if name}
             reference = None
@@ -294,6 +299,15 @@ class Trainer:
             eligible = scored.rollouts.row_N[torch.stack(asking).any(0)].unique()
             self.progress.teacher_calls += evidence.calls
             self.progress.teacher_calls_saved += len(eligible) - evidence.calls
+        # Feature terms pass the teacher once more, inside the update.
+        watching = [a for a in scored.active if a.term.needs.features]
+        if watching:
+            kept, eligible = (
+                len(scored.rollouts.row_N[torch.stack(masks).any(0)].unique())
+                for masks in ([a.keep_N for a in watching], [a.eligible_N for a in watching])
+            )
+            self.progress.teacher_calls += kept
+            self.progress.teacher_calls_saved += eligible - kept
 
     def _lr(self, moment: Moment) -> float:
         config = self.recipe.optimizer
@@ -303,7 +317,7 @@ class Trainer:
     def _update(self, scored: Scored, moment: Moment) -> tuple[Tally, list[float], dict[str, float | None]]:
         config, updater, step = self.recipe.optimizer, self.parts.updater, moment.step
         for group in self.parts.optimizer.param_groups:
-            group["lr"] = self._lr(moment)
+            group["lr"] = self._lr(moment) * group.get("lr_scale", 1.0)
         tally, norms = Tally(), list[float]()
         balanced: dict[str, float | None] = {}
         # A scalar that follows the balance must see it at every step.

@@ -1,20 +1,23 @@
 """Which responses and tokens a term applies to; each mask is a function of the whole step's rollouts.
 
 A recipe writes a name, `{not: mask}`, `{any: [masks]}`, `{top_entropy: share}`, or a list that must all hold.
-A registered mask with settings is written `{name: value}` or `{name: {setting: value}}`.
+A registered mask with settings is written `{name: value}` or `{name: {setting: value}}`; `{score: EXPRESSION}` keeps
+tokens whose score (see `scores`) exceeds one half, as `{score: {above: {of: position, value: 0.3}}}`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kdrl.errors import UserError, nearest
+from kdrl.objectives.schedules import START, Moment
+from kdrl.objectives.scores import Score, Tokens, column, measure
 from kdrl.registry import Registry
 
 
@@ -29,6 +32,9 @@ class MaskContext:
     row_N: Tensor
     last_N: Tensor
     entropy_N: Tensor | None
+    logq_N: Tensor | None = None
+    data: Mapping[str, Tensor] = field(default_factory=dict)
+    moment: Moment = START
 
     @property
     def rows(self) -> int:
@@ -111,6 +117,30 @@ def top_entropy(context: MaskContext, share: float) -> Tensor:
     return context.entropy_N >= context.entropy_N.topk(count).values[-1]
 
 
+@register_mask("score", per="token")
+def by_score(context: MaskContext, expression: Any) -> Tensor:
+    """Tokens whose score exceeds one half; it may read data and the rollout policy, not the teacher."""
+    score = expression if isinstance(expression, Score) else Score(expression)
+    nothing_N = torch.zeros(len(context.row_N), device=context.row_N.device)
+    logq_N = nothing_N if context.logq_N is None else context.logq_N
+    tokens = Tokens(context.data, logq_N, entropy_C=context.entropy_N, moment=context.moment)
+
+    def evaluate(inner: Score, known: Mapping[str, Tensor]) -> Tensor:
+        return column(inner(replace(tokens, measured=known)), logq_N).expand(len(logq_N))
+
+    measured = measure(score, evaluate, context.row_N, context.moment)
+    return column(score(replace(tokens, measured=measured)), logq_N).expand(len(logq_N)) > 0.5
+
+
+def _check_score(expression: Any) -> None:
+    reads = Score(expression).reads
+    if foreign := sorted(reads - {"data", "student", "batch"}):
+        raise ValueError(
+            f"mask score {expression!r} looks at {foreign[0]}, but masks are chosen before the teacher is asked; "
+            "put it into the term's `scale`"
+        )
+
+
 def check_mask(spec: Any) -> None:
     """Raise ValueError with the nearest right name when `spec` is no mask."""
     if isinstance(spec, str):
@@ -129,6 +159,8 @@ def check_mask(spec: Any) -> None:
         elif key == "top_entropy":
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 raise ValueError(f"top_entropy takes a share of tokens between 0 and 1, not {value!r}")
+        elif key == "score":
+            _check_score(value)
         elif key in MASKS and _settings(key):
             _bind(key, value)
         elif key not in MASKS and key != "any" and (hint := nearest(str(key), MASKS)):
@@ -151,7 +183,18 @@ def mask_names(spec: Any) -> set[str]:
 
 def reads_entropy(spec: Any) -> bool:
     """Whether a mask in `spec` looks at token entropies."""
-    return any(MASKS.get(name).entropy for name in mask_names(spec))
+    named = any(MASKS.get(name).entropy for name in mask_names(spec))
+    return named or any("student" in score.reads for score in mask_scores(spec))
+
+
+def mask_scores(spec: Any) -> list[Score]:
+    """Every score expression in `spec`."""
+    if isinstance(spec, str):
+        return []
+    if isinstance(spec, list):
+        return [score for part in spec for score in mask_scores(part)]
+    key, value = next(iter(spec.items()))
+    return [Score(value)] if key == "score" else mask_scores(value) if key in ("not", "any") else []
 
 
 def _settings(name: str) -> dict[str, inspect.Parameter]:
@@ -162,6 +205,8 @@ def _settings(name: str) -> dict[str, inspect.Parameter]:
 def _bind(name: str, value: Any) -> dict[str, Any]:
     """Settings of `{name: value}` as keyword arguments (`()`: none); raises ValueError for unknown or missing ones."""
     known = _settings(name)
+    if name == "score":
+        return {"expression": value}
     given = value if isinstance(value, dict) else {} if value == () else {next(iter(known), "value"): value}
     for key in given:
         if key not in known:

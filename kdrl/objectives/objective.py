@@ -67,7 +67,9 @@ class Objective:
         """Whether a mask needs token entropies before the update."""
         return any(reads_entropy(t.config.mask) for t in self.terms)
 
-    def activate(self, rollouts: Rollouts, moment: Moment, entropy_N: Tensor | None = None) -> list[Active]:
+    def activate(
+        self, rollouts: Rollouts, moment: Moment, entropy_N: Tensor | None = None, logq_N: Tensor | None = None
+    ) -> list[Active]:
         """The terms of nonzero weight, with masks and advantages taken over the whole step's rollouts."""
         context = MaskContext(
             rollouts.correct_B,
@@ -77,6 +79,9 @@ class Objective:
             rollouts.row_N,
             rollouts.last_N,
             entropy_N,
+            logq_N,
+            token_data(rollouts),
+            moment,
         )
         found = []
         for name, term, weight in zip(self.names, self.terms, self.weights(moment), strict=True):

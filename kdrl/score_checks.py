@@ -1,0 +1,91 @@
+"""Refusals of scores and schedules that a recipe cannot serve: what a score reads must be there, and stay in range."""
+
+from __future__ import annotations
+
+from kdrl.errors import UserError
+from kdrl.objectives.adaptive import Adaptive, Calibrated
+from kdrl.objectives.base import Term
+from kdrl.objectives.distill import Distill
+from kdrl.objectives.masks import mask_scores
+from kdrl.objectives.objective import Objective
+from kdrl.objectives.schedules import Memory, Moment
+from kdrl.objectives.scores import Score
+from kdrl.recipe import Recipe
+
+OF_REWARD = {"reward", "correct", "group_rate", "signed"}
+
+
+def names_in(score: Score) -> set[str]:
+    """Every score's name inside an expression."""
+    own = set() if score.number is not None else {score.name}
+    return own.union(*(names_in(inner) for inner in score.inner))
+
+
+def reads_rewards(term: Term) -> bool:
+    """Whether a score of the term looks at a verdict."""
+    scores = [*term.expressions, *mask_scores(term.config.mask)]
+    return any(names_in(score) & OF_REWARD for score in scores)
+
+
+def check_scores(recipe: Recipe, objective: Objective) -> None:
+    """Raise UserError for the first score or schedule that this recipe cannot serve."""
+    for name, term in zip(objective.names, objective.terms, strict=True):
+        for score in term.expressions:
+            _check_reads(f"objective.{name}", term, score)
+        if isinstance(term, Distill):
+            _check_scalars(f"objective.{name}.divergence", term, recipe)
+    for path, schedule in Memory.within(recipe).schedules.items():
+        assert schedule.adaptive is not None
+        _check_metric(recipe, objective, path, schedule.adaptive)
+
+
+def _check_reads(where: str, term: Term, score: Score) -> None:
+    need = term.needs.teacher
+    if score.reads & {"distributions", "entries"} and need != "distribution":
+        raise UserError(
+            f"{where}: the score {score.spec!r} compares whole distributions, and this term does not have them; use a "
+            "score of single tokens (ce_q, log_ratio, position, ...), or a distill term with full or topk support."
+        )
+    if "teacher" in score.reads and need is None:
+        raise UserError(f"{where}: the score {score.spec!r} asks the teacher, and this term has none.")
+
+
+def _check_scalars(where: str, term: Distill, recipe: Recipe) -> None:
+    """Evaluate scheduled scalars at every step: a value out of range must not be met in the middle of a run."""
+    divergence = term.config.divergence
+    for name, schedule in divergence.scalars().items():
+        if schedule.adaptive is not None or isinstance(schedule.spec, int | float):
+            continue
+        for step in range(recipe.steps):
+            value = schedule.at(Moment(step, recipe.steps))
+            try:
+                divergence.check_scalar(name, value)
+            except ValueError as error:
+                raise UserError(f"{where}, at step {step + 1}: {error}") from None
+
+
+def _check_metric(recipe: Recipe, objective: Objective, path: str, adaptive: Adaptive) -> None:
+    metric = adaptive.metric
+    if isinstance(adaptive, Calibrated):
+        compared = [t for t in objective.terms if isinstance(t, Distill) and t.needs.teacher == "distribution"]
+        if not compared:
+            raise UserError(
+                f"{path} is measured on distributions, so it needs a distill term with full or topk support."
+            )
+        return
+    if metric.startswith("eval/") and not recipe.evaluate.every:
+        raise UserError(f"{path} follows {metric}, which is never measured; set evaluate.every.")
+    families = {t.family for t in objective.terms}
+    if metric == "kd_rl_norm_ratio" and not {"kd", "rl"} <= families:
+        raise UserError(f"{path} balances distillation against reward, and the objective has only one of them.")
+    if metric == "kl_teacher" and "kd" not in families:
+        raise UserError(f"{path} follows the KL to the teacher, and no term asks a teacher.")
+    kind, _, name = metric.partition("/")
+    if kind in ("divergence", "loss", "weight") and name not in objective.names:
+        raise UserError(
+            f"{path} follows {metric}, and the terms are called {', '.join(objective.names)}; set its metric."
+        )
+    if kind == "divergence":
+        term = objective.terms[objective.names.index(name)]
+        if term.needs.teacher != "distribution":
+            raise UserError(f"{path} follows {metric}, which only a term over distributions has; follow loss/{name}.")
