@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,12 @@ def _outcomes(collected: Collected) -> dict[str, Any]:
         "batch_responses": len(collected.responses),
         "dropped_groups": collected.dropped_groups,
     }
+
+
+def _origins(recipe: Recipe, collected: Collected) -> dict[str, float]:
+    """Share of the step's responses of each writer that the source has."""
+    counts = Counter(r.origin for r in collected.responses)
+    return {f"origin/{name}": counts[name] / max(1, counts.total()) for name in recipe.source.origins}
 
 
 def _teacher_gap(scored: Scored, logq_N: Tensor | None) -> dict[str, float | None]:
@@ -93,6 +100,7 @@ def step_row(
     row["responses"] = progress.responses
     row["skipped_updates"] = progress.skipped_updates
     written = sum(len(r.token_ids) for r in collected.responses)
+    row |= _origins(recipe, collected) | collected.numbers()
     row["tokens_per_second"] = written / max(1e-9, seconds["step"])
     if seconds["rollout"] > 0:
         row["rollout_tokens_per_second"] = written / seconds["rollout"]
@@ -120,6 +128,7 @@ def balance(updater: Updater, scored: Scored, rows: Sequence[int]) -> dict[str, 
             scored.data,
             scored.uniform,
             scored.measured,
+            scored.blocks,
         )
         updater.accumulate(part, rows)
         sides[family] = updater.gradients()

@@ -23,6 +23,7 @@ from kdrl.errors import UserError
 from kdrl.measuring import measure_scores
 from kdrl.metrics import balance, step_row
 from kdrl.models import LoadedModel
+from kdrl.objectives.blocks import block_ids
 from kdrl.objectives.objective import Active, Objective, token_data
 from kdrl.objectives.schedules import Memory, Moment
 from kdrl.recipe import Recipe
@@ -272,6 +273,7 @@ class Trainer:
             temperature,
             token_data(rollouts),
             self._uniforms(rollouts, active, moment),
+            blocks={a.name: block_ids(a.keep_N, rollouts.row_N, a.term.block) for a in active if a.term.block},
         )
         with phases.of("update"):
             return replace(scored, measured=measure_scores(self.parts.updater, scored))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kdrl.batch import MicroBatch, Rollouts, lay_out, pack_rows
+from kdrl.features.live import Features
 from kdrl.models import LoadedModel, head_of, hidden_states
 from kdrl.objectives.head import Comparison, score_tokens
 from kdrl.objectives.objective import Active, reduction, weighted_loss
@@ -60,12 +61,24 @@ class Scored:
     data: Mapping[str, Tensor]
     uniform: Mapping[str, Tensor] = field(default_factory=dict)
     measured: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    blocks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def starts(self, index_M: Tensor) -> list[int] | None:
+        """Places of a micro-batch where a chunk may begin: those inside no block of any term."""
+        if not self.blocks:
+            return None
+        ids_KM = torch.stack([block_N[index_M] for block_N in self.blocks.values()])
+        fresh_M = (ids_KM[:, 1:] != ids_KM[:, :-1]).all(0)
+        return [0, *(fresh_M.nonzero().squeeze(1) + 1).tolist()]
 
     def given(self, active: Active) -> Given:
         """What a term's comparison may know beside the distributions."""
+        data = dict(self.data)
+        if active.name in self.blocks:
+            data["block"] = torch.where(active.keep_N, self.blocks[active.name], -1)
         return Given(
             self.rollouts.tokens_N,
-            self.data,
+            data,
             self.reference,
             self.uniform.get(active.name),
             self.measured.get(active.name, {}),
@@ -76,10 +89,18 @@ class Scored:
 class Updater:
     """Accumulates gradients of the objective on the student, `budget` padded tokens at a time."""
 
-    def __init__(self, student: LoadedModel, budget: int) -> None:
+    def __init__(self, student: LoadedModel, budget: int, features: Features | None = None) -> None:
         self.student = student
         self.budget = budget
+        self.features = features
         self.parameters: list[Parameter] = [p for p in student.model.parameters() if p.requires_grad]
+        self.projectors: list[Parameter] = [] if features is None else list(features.named_parameters.values())
+
+    @property
+    def named_parameters(self) -> dict[str, Parameter]:
+        """The student's parameters and what is trained beside it, by their names in a checkpoint."""
+        beside = {} if self.features is None else self.features.named_parameters
+        return dict(self.student.model.named_parameters()) | beside
 
     @torch.no_grad()
     def score_policy(
@@ -121,6 +142,15 @@ class Updater:
             hidden_BLD = hidden_states(self.student, micro.input_ids_BL, micro.attention_mask_BL)
         return hidden_BLD.flatten(0, 1)[micro.place_M]
 
+    def _inside(self, scored: Scored, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One pass of the student: its hidden states at the wanted tokens, and what feature terms make of the rest."""
+        watching = [a for a in scored.active if a.term.needs.features]
+        if self.features is None or not watching:
+            return self._hidden(micro), {}
+        with self.features.watch(watching) as kept:
+            hidden_MD = self._hidden(micro)
+        return hidden_MD, self.features.losses(watching, kept, hidden_MD, micro, scored.rollouts)
+
     def accumulate(self, scored: Scored, rows: Sequence[int], tally: Tally | None = None) -> float:
         """Add the gradient of the objective on `rows`, one optimizer step's responses, to the student's; its loss."""
         rollouts = scored.rollouts
@@ -130,6 +160,8 @@ class Updater:
             wanted_N |= active.wanted_N(rollouts.row_N, rollouts.rows)
         useful = set(rollouts.row_N[wanted_N].tolist())
         coupled = self._couple(scored, rows, wanted_N, tally)
+        if self.features is not None:
+            self.features.prepare(scored.active, rollouts, rows)
         total = 0.0
         for pack in pack_rows(rollouts, [row for row in rows if row in useful], self.budget):
             micro = lay_out(rollouts, pack, wanted_N, self.student.pad_id)
@@ -170,9 +202,10 @@ class Updater:
     ) -> Tensor:
         compared = [a for a in scored.active if a.term.needs.teacher == "distribution"]
         targets_M = scored.rollouts.tokens_N[micro.index_M]
+        hidden_MD, inside = self._inside(scored, micro)
         scores = score_tokens(
             head_of(self.student),
-            self._hidden(micro),
+            hidden_MD,
             targets_M,
             temperature=scored.temperature,
             entropy=True,
@@ -180,9 +213,10 @@ class Updater:
                 scored.evidence[a.teacher or ""].comparison(a.term.compare, micro.index_M, scored.given(a))
                 for a in compared
             ],
+            starts=scored.starts(micro.index_M),
         )
         found = {a.name: found_M3 for a, found_M3 in zip(compared, scores.losses_N, strict=True)}
-        divergences = {name: found_M3[:, 0] for name, found_M3 in found.items()}
+        divergences = {name: found_M3[:, 0] for name, found_M3 in found.items()} | inside
         total = scores.logp_N.new_zeros(())
         for active, weight_N in zip(scored.active, weights, strict=True):
             view = _view(
@@ -210,14 +244,18 @@ class Updater:
 
     def clear(self) -> None:
         """Forget the accumulated gradients."""
-        for p in self.parameters:
+        for p in (*self.parameters, *self.projectors):
             p.grad = None
 
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None, loss: float = 0.0) -> tuple[float, bool]:
-        """Clip and apply the gradients; returns their norm and whether they were applied (norm and loss are finite)."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if clip is None else clip)
-        value = float(norm)
-        applied = math.isfinite(value) and math.isfinite(loss)
+        """Clip and apply the gradients; returns their norm and whether they were applied (norm and loss are finite).
+
+        Projectors are clipped apart, so that one fresh from the seed does not shorten the student's step.
+        """
+        limit = math.inf if clip is None else clip
+        norms = [float(torch.nn.utils.clip_grad_norm_(group, limit)) for group in (self.parameters, self.projectors)]
+        value = norms[0]
+        applied = all(map(math.isfinite, (*norms, loss)))
         if applied:
             optimizer.step()
         self.clear()

@@ -64,6 +64,7 @@ class Needs:
     reference: Literal["token", "distribution"] | None = None
     entropy: bool = False
     rewards: bool = False
+    features: bool = False
 
 
 class TermConfig(Config):
@@ -137,6 +138,11 @@ class Term(Generic[ConfigT]):
     def expressions(self) -> list[Score]:
         """Every score that the term evaluates."""
         return [self.config.scale]
+
+    @property
+    def block(self) -> int | None:
+        """Tokens of one response that must be compared together, at most; None where each stands alone."""
+        return None
 
     @property
     def draws(self) -> int:

@@ -61,10 +61,22 @@ class TokenScores:
     losses_N: tuple[Tensor, ...]
 
 
-def chunks(tokens: int, vocab_size: int, chunk_tokens: int | None = None) -> list[slice]:
-    """Consecutive slices of at most `chunk_tokens` tokens (default: near 16 MiB, and never all tokens at once)."""
+def chunks(
+    tokens: int, vocab_size: int, chunk_tokens: int | None = None, starts: Sequence[int] | None = None
+) -> list[slice]:
+    """Consecutive slices of at most `chunk_tokens` tokens (default: near 16 MiB, and never all tokens at once).
+
+    With `starts`, sorted and with 0, a slice begins only there, and is longer where two of them lie further apart.
+    """
     size = chunk_tokens or max(16, min(CHUNK_ELEMENTS // max(1, vocab_size), (tokens + 1) // 2))
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+    if starts is None:
+        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+    ends, begin = [], 0
+    for start, after in zip(starts, [*starts[1:], tokens], strict=True):
+        if after - begin > size and start > begin:
+            ends.append(start)
+            begin = start
+    return [slice(a, b) for a, b in zip([0, *ends], [*ends, tokens], strict=True)] if tokens else []
 
 
 def score_tokens(
@@ -76,9 +88,11 @@ def score_tokens(
     entropy: bool = False,
     comparisons: Sequence[Comparison] = (),
     chunk_tokens: int | None = None,
+    starts: Sequence[int] | None = None,
 ) -> TokenScores:
     """Log-prob of each target, entropy and divergences in one chunked pass; differentiable in hidden and head.
 
+    `starts` are the only places where a chunk may begin, for comparisons that couple neighbouring tokens.
     Raises IndexError when a target is outside the head's vocabulary.
     """
     if len(targets_N):
@@ -97,7 +111,7 @@ def score_tokens(
         return (*out, *(compare(logp_MV, part) for compare in comparisons))
 
     pieces: list[tuple[Tensor, ...]] = []
-    for part in chunks(len(targets_N), head.vocab_size, chunk_tokens):
+    for part in chunks(len(targets_N), head.vocab_size, chunk_tokens, starts):
         if torch.is_grad_enabled():
             piece = checkpoint(one, hidden_ND[part], weight_VD, part, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from kdrl.features.term import FeatureTerm
 from kdrl.objectives.base import TERMS, Needs, ScheduleField, Term, TermConfig, TokenView, register_term
-from kdrl.objectives.distill import Distill, DistillConfig, distribution_loss
+from kdrl.objectives.blocks import BatchDistill, BatchDistillConfig, register_block_loss
+from kdrl.objectives.distill import Distill, DistillConfig
 from kdrl.objectives.likelihood import CrossEntropy, EntropyBonus, ReferenceKL, ReferenceKLConfig
 from kdrl.objectives.policy_gradient import PolicyGradient, PolicyGradientConfig, TeacherAnchor
 from kdrl.objectives.preference import Preference, PreferenceConfig
@@ -11,10 +13,13 @@ from kdrl.objectives.returns import SequenceKL, SequenceKLConfig
 
 __all__ = [
     "TERMS",
+    "BatchDistill",
+    "BatchDistillConfig",
     "CrossEntropy",
     "Distill",
     "DistillConfig",
     "EntropyBonus",
+    "FeatureTerm",
     "Needs",
     "PolicyGradient",
     "PolicyGradientConfig",
@@ -29,6 +34,6 @@ __all__ = [
     "Term",
     "TermConfig",
     "TokenView",
-    "distribution_loss",
+    "register_block_loss",
     "register_term",
 ]
