@@ -26,7 +26,7 @@ class Response:
     """One response to one problem; `token_ids` include the end-of-sequence token when it `ended`.
 
     `logp` are the student's own log-probs when it was written, `importance` weights of its tokens where another policy
-    sampled them, `privileged_ids` the prompt that a self-teacher reads.
+    sampled them, `privileged_ids` the prompt that a self-teacher reads; `judged` says that the verdict is known.
     """
 
     problem: Problem
@@ -43,6 +43,7 @@ class Response:
     reward: float = 0.0
     correct: bool = False
     status: str = "ok"
+    judged: bool = False
 
 
 @dataclass(frozen=True)

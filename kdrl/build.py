@@ -14,12 +14,13 @@ from kdrl.checks import build_objective, needs_rewards, teacher_terms
 from kdrl.engines import TorchEngine
 from kdrl.errors import UserError
 from kdrl.evaluation import EvaluateConfig, EvaluationResult, evaluate_loaded, pick_problems
+from kdrl.features.live import make_features
 from kdrl.models import LoadedModel, encode_prompt, load_model
 from kdrl.pairing import check_lengths, check_pairing
 from kdrl.recipe import Recipe
-from kdrl.rollouts import Collector, Source
-from kdrl.sources.student import PrivilegedSource, StudentSource
-from kdrl.sources.text import GoldSource, TeacherSource
+from kdrl.rollouts import Collector
+from kdrl.sources.base import Judge
+from kdrl.sources.build import Writers
 from kdrl.tasks import Problem, Task, VerifierPool, build_task
 from kdrl.tasks.base import take
 from kdrl.teachers import LocalTeacher, ReferenceTeacher, SelfTeacher, Teacher
@@ -58,6 +59,8 @@ class Builder:
                 "student.autocast=bfloat16, or student.lora, learns at small rates too"
             )
         self.engine = TorchEngine(self.student, recipe.rollout.rows, filtered_ok=recipe.rollout.filtered)
+        self.writers = self._writers()
+        self.stream = self.writers.problems(recipe.source)
         self._check_lengths()
         self._check_evaluation()
 
@@ -65,7 +68,7 @@ class Builder:
         recipe = self.recipe
         if recipe.teacher is None:
             return None
-        asked = teacher_terms(self.objective) or "teacher" in recipe.source.origins or recipe.evaluate.baselines
+        asked = teacher_terms(self.objective) or recipe.source.settings.asks_teacher or recipe.evaluate.baselines
         if not asked:
             self.notes.append("the teacher is not loaded: no term asks it and it writes nothing")
             return None
@@ -87,7 +90,7 @@ class Builder:
 
     def _check_lengths(self) -> None:
         models = {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
-        stream = self.task.problems("train")
+        stream = self.stream
         # A generated task goes on for ever, so a sample has to do; of a file every problem is measured.
         check_lengths(models, take(stream, 64 if stream.size is None else stream.size), self.recipe)
         if stream.skipped:
@@ -101,8 +104,8 @@ class Builder:
             if asked:
                 self.task.problems(split)
 
-    def sources(self) -> dict[str, Source]:
-        """The writers that the recipe's source can choose from."""
+    def _writers(self) -> Writers:
+        """What the recipe's source is built from."""
         recipe, rollout = self.recipe, self.recipe.rollout
         sampling: dict[str, Any] = {
             "max_new_tokens": rollout.max_new_tokens,
@@ -111,26 +114,19 @@ class Builder:
             "top_k": rollout.top_k,
             "stop": rollout.stop,
         }
-        found: dict[str, Source] = {}
-        for origin in recipe.source.origins:
-            if origin == "student":
-                found[origin] = StudentSource(self.engine, self.student, rollout.group, **sampling)
-            elif origin == "gold":
-                found[origin] = GoldSource(self.student, rollout.max_new_tokens)
-            elif origin == "teacher":
-                found[origin] = self._teacher_source(sampling)
-            else:
-                assert recipe.source.template is not None
-                samples = recipe.source.samples or rollout.group
-                inner = StudentSource(self.engine, self.student, samples, **sampling)
-                found[origin] = PrivilegedSource(inner, recipe.source.template)
-        return found
-
-    def _teacher_source(self, sampling: dict[str, Any]) -> TeacherSource:
-        assert self.teacher is not None
-        engine = TorchEngine(self.teacher, self.recipe.rollout.rows, filtered_ok=True)
-        store = self.run_dir / "teacher_text.jsonl"
-        return TeacherSource(engine, self.student, store, self.recipe.rollout.group, sampling)
+        asked = needs_rewards(recipe, self.objective) or recipe.source.kind != "gold"
+        return Writers(
+            engine=self.engine,
+            student=self.student,
+            teacher=self.teacher,
+            judge=Judge(self.pool if asked else None, rollout.max_new_tokens),
+            stream=self.task.problems("train"),
+            run_dir=self.run_dir,
+            seed=recipe.seed,
+            group=rollout.group,
+            sampling=sampling,
+            budget=recipe.optimizer.micro_batch_tokens,
+        )
 
     def teachers(self) -> tuple[dict[str, Teacher], Teacher | None]:
         """The teachers that terms ask by name, and the frozen initial student where a term needs it."""
@@ -153,6 +149,7 @@ class Builder:
             for params, decay in ((matrices, config.weight_decay), (vectors, 0.0))
             if params
         ]
+        groups += [] if updater.features is None else updater.features.groups()
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
     def evaluate_model(self, loaded: LoadedModel, config: EvaluateConfig) -> EvaluationResult:
@@ -173,21 +170,20 @@ class Builder:
     def parts(self) -> Parts:
         """Everything the trainer needs."""
         recipe = self.recipe
-        updater = Updater(self.student, recipe.optimizer.micro_batch_tokens)
+        budget = recipe.optimizer.micro_batch_tokens
+        features = make_features(self.objective, self.student, self.teacher, budget, recipe.seed)
+        updater = Updater(self.student, budget, features)
         teachers, reference = self.teachers()
-        stream = self.task.problems("train")
         collector = Collector(
-            recipe.source,
-            self.sources(),
-            stream.__getitem__,
-            self.pool if needs_rewards(recipe, self.objective) or recipe.source.kind != "gold" else None,
+            self.writers.source(recipe.source),
+            self.stream.__getitem__,
+            self.writers.judge,
             prompts=recipe.rollout.prompts,
             rounds=recipe.rollout.dynamic_sampling,
-            max_tokens=recipe.rollout.max_new_tokens,
             seed=recipe.seed,
             device=self.device,
+            privileged=self.writers.privileged(recipe.source),
         )
-        text = collector.sources.get("teacher")
         return Parts(
             recipe=recipe,
             run_dir=self.run_dir,
@@ -201,6 +197,5 @@ class Builder:
             checkpoints=Checkpoints(self.run_dir, recipe.checkpoint),
             evaluate=self.development,
             device=self.device,
-            text=text if isinstance(text, TeacherSource) else None,
-            skipped=lambda: stream.skipped,
+            skipped=lambda: self.stream.skipped,
         )

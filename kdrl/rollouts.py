@@ -2,108 +2,79 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
 
 from kdrl.batch import Response, Rollouts
+from kdrl.objectives.schedules import Moment
 from kdrl.seeds import derive
-from kdrl.sources.config import SourceConfig
-from kdrl.tasks import Problem, ResponseInfo, VerifierPool
+from kdrl.sources.base import Collected, Judge, Request, Source, restore_to, state_of
+from kdrl.tasks import Problem
 
+__all__ = ["Collected", "Collector"]
 
-class Source(Protocol):
-    """Writes responses to problems; groups are numbered from `first_group`."""
-
-    def write(self, problems: Sequence[Problem], first_group: int, seed: int) -> list[Response]:
-        """All responses of all problems, group by group."""
-        ...
-
-
-@dataclass
-class Collected:
-    """A step's responses, and what was thrown away on the way."""
-
-    responses: list[Response]
-    generated: int = 0
-    dropped_groups: int = 0
-    privileged_tried: int = 0
-    verify_seconds: float = 0.0
-    statuses: Counter[str] = field(default_factory=Counter)
+SAMPLED = ("student", "mixed")
 
 
 class Collector:
-    """Writes and verifies a step's responses; the data position is all its state.
+    """Writes and verifies a step's responses; the data position and what the source keeps are its state.
 
     `wanted(responses)` says, for DAPO's dynamic sampling (2503.14476), whether a group of equal rewards is still
-    wanted by some term, as all-wrong groups are by a distillation term.
+    wanted by some term, as all-wrong groups are by a distillation term. `privileged` writes for groups that failed.
     """
 
     def __init__(
         self,
-        config: SourceConfig,
-        sources: dict[str, Source],
+        source: Source,
         next_problem: Callable[[int], Problem],
-        pool: VerifierPool | None,
+        judge: Judge,
         *,
         prompts: int,
         rounds: int,
-        max_tokens: int,
         seed: int,
         device: str,
+        privileged: Source | None = None,
     ) -> None:
-        self.config, self.sources, self.next_problem, self.pool = config, sources, next_problem, pool
-        self.prompts, self.rounds, self.max_tokens, self.seed, self.device = prompts, rounds, max_tokens, seed, device
+        self.source, self.next_problem, self.judge, self.privileged = source, next_problem, judge, privileged
+        self.prompts, self.rounds, self.seed, self.device = prompts, rounds, seed, device
         self.position = 0
 
-    def _writer(self, step: int) -> str:
-        if self.config.kind == "privileged":
-            return "student"
-        if self.config.kind != "mixture":
-            return self.config.kind
-        assert self.config.share is not None
-        coin = derive(self.seed, "mixture", step) / float(1 << 63)
-        return "student" if coin < self.config.share else self.config.other
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What the source keeps from step to step."""
+        return state_of(self.source)
 
-    def _draw(self, count: int) -> list[Problem]:
-        problems = [self.next_problem(self.position + i) for i in range(count)]
+    def restore(self, position: int, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go back to a position in the data and what `state` gave there."""
+        self.position = position
+        restore_to(self.source, values, tensors)
+
+    def _request(self, count: int, group: int, seed: int, moment: Moment, out: Collected) -> Request:
+        positions = tuple(range(self.position, self.position + count))
         self.position += count
-        return problems
+        problems = [self.next_problem(position) for position in positions]
+        return Request.of(problems, group, seed, positions=positions, moment=moment, out=out)
 
-    def _verify(self, responses: list[Response], out: Collected) -> None:
-        if self.pool is None:
-            return
-        asked = [r for r in responses if r.origin != "gold"]
-        start = time.perf_counter()
-        items = [(r.text, r.problem, ResponseInfo(len(r.token_ids), not r.ended, self.max_tokens)) for r in asked]
-        for response, verdict in zip(asked, self.pool.score(items), strict=True):
-            response.reward, response.correct, response.status = verdict.reward, verdict.correct, verdict.status
-            out.statuses[verdict.status] += 1
-        out.verify_seconds += time.perf_counter() - start
-
-    def collect(self, step: int, wanted: Callable[[Rollouts], set[int]]) -> Collected:
+    def collect(self, moment: Moment, wanted: Callable[[Rollouts], set[int]]) -> Collected:
         """Responses of one step; with dynamic sampling, until `prompts` groups have a signal or the rounds are up."""
-        out = Collected([])
-        writer = self._writer(step)
-        group, useful = 0, 0
-        # Gold and teacher text is not sampled from the policy: another round would not change its rewards.
-        rounds = self.rounds if writer == "student" else 0
-        for turn in range(rounds + 1):
-            problems = self._draw(self.prompts - useful)
-            fresh = self.sources[writer].write(problems, group, derive(self.seed, "rollout", step, turn))
-            out.generated += len(fresh)
-            self._verify(fresh, out)
-            if rounds == 0:
+        out = Collected()
+        step, group, useful = moment.step, 0, 0
+        for turn in range(self.rounds + 1):
+            seed = derive(self.seed, "rollout", step, turn)
+            request = self._request(self.prompts - useful, group, seed, moment, out)
+            fresh = self.source.write(request)
+            self.judge(fresh, out)
+            # Gold and teacher text is not sampled from the policy: another round would not change its rewards.
+            if not self.rounds or not any(r.origin in SAMPLED for r in fresh):
                 out.responses = fresh
                 break
-            useful += self._keep_useful(fresh, wanted, out, last=turn == rounds)
-            group += len(problems)
+            useful += self._keep_useful(fresh, wanted, out, last=turn == self.rounds)
+            group += len(request.problems)
             if useful >= self.prompts:
                 break
-        if self.config.kind == "privileged":
-            out.responses += self._privileged(out, step)
+        if self.privileged is not None:
+            out.responses += self._privileged(self.privileged, out, moment)
         return out
 
     def _keep_useful(
@@ -115,7 +86,7 @@ class Collector:
             rewards.setdefault(response.group, set()).add(response.reward)
         mixed = {group for group, seen in rewards.items() if len(seen) > 1}
         kept = mixed | wanted(Rollouts.of(fresh, self.device))
-        if self.config.kind == "privileged":
+        if self.privileged is not None:
             # Groups with no right answer are what the privileged student is for.
             kept |= rewards.keys() - {r.group for r in fresh if r.correct}
         if last and not kept and not out.responses:
@@ -125,16 +96,16 @@ class Collector:
         out.dropped_groups += len(rewards) - len(kept)
         return len(mixed)
 
-    def _privileged(self, out: Collected, step: int) -> list[Response]:
+    def _privileged(self, privileged: Source, out: Collected, moment: Moment) -> list[Response]:
         solved = {r.group for r in out.responses if r.correct}
         failed = {r.group: r.problem for r in out.responses if r.group not in solved}
         if not failed:
             return []
-        tried = self.sources["privileged"].write(list(failed.values()), 0, derive(self.seed, "privileged", step))
         # Groups of their own: a mask or an advantage of the student's group must not see them.
         free = 1 + max(r.group for r in out.responses)
-        for response in tried:
-            response.group += free
-        self._verify(tried, out)
-        out.privileged_tried = len(tried)
-        return [r for r in tried if r.correct]
+        seed = derive(self.seed, "privileged", moment.step)
+        tried = privileged.write(Request.of(list(failed.values()), free, seed, moment=moment, out=out))
+        self.judge(tried, out)
+        kept = [r for r in tried if r.correct]
+        out.tell("privileged_right", len(kept), len(tried))
+        return kept

@@ -14,6 +14,7 @@ from tiny import SpyUpdater, go, parts_of, problem, raw_recipe, rows_of, run, to
 from kdrl.batch import Rollouts
 from kdrl.engines.base import Sample
 from kdrl.errors import UserError
+from kdrl.sources.base import Request
 from kdrl.sources.config import SourceConfig
 from kdrl.sources.student import PrivilegedSource, StudentSource, privileged_prompt
 from kdrl.sources.text import GoldSource, TeacherSource
@@ -43,7 +44,7 @@ def text_of(student: Any, ids: list[int]) -> str:
 
 
 def test_gold_is_the_solution_and_its_end(student: Any):
-    (response,) = GoldSource(student, 10).write([problem(solution="1+2;3#")], 4, 0)
+    (response,) = GoldSource(student, 10).write(Request.of([problem(solution="1+2;3#")], 4, 0))
     assert text_of(student, response.token_ids) == response.text == "1+2;3#"
     assert response.token_ids[-1] in student.eos_ids
     assert (response.ended, response.group, response.origin, response.trained) == (True, 4, "gold", None)
@@ -52,7 +53,9 @@ def test_gold_is_the_solution_and_its_end(student: Any):
 
 @pytest.mark.parametrize(("limit", "ended"), [(7, True), (6, False), (2, False)])
 def test_gold_is_cut_at_the_limit_and_then_has_not_ended(student: Any, limit: int, ended: bool):
-    (response,) = GoldSource(student, limit).write([problem(solution="1+2;3#", untrained_spans=((0, 1),))], 0, 0)
+    (response,) = GoldSource(student, limit).write(
+        Request.of([problem(solution="1+2;3#", untrained_spans=((0, 1),))], 0, 0)
+    )
     assert len(response.token_ids) == limit
     assert response.ended is ended
     assert response.trained is not None
@@ -62,7 +65,7 @@ def test_gold_is_cut_at_the_limit_and_then_has_not_ended(student: Any, limit: in
 
 def test_untrained_spans_are_tokens_without_loss(student: Any):
     one = problem(solution="1+2;4#", untrained_spans=((0, 2), (4, 5)))
-    (response,) = GoldSource(student, 10).write([one], 0, 0)
+    (response,) = GoldSource(student, 10).write(Request.of([one]))
     shown = "".join(c if t else "_" for c, t in zip(f"{one.solution}E", response.trained or [], strict=True))
     assert shown == "__2;_#E", "the end is always trained"
     assert Rollouts.of([response]).trained_N.tolist() == response.trained
@@ -92,9 +95,9 @@ def test_corrupted_solutions_train_only_what_follows_the_mistake(world: Path, tm
 
 def test_a_problem_without_solution_and_one_that_cannot_be_written_are_named(student: Any):
     with pytest.raises(UserError, match=r"problem p has no worked solution.*task\.columns\.solution"):
-        GoldSource(student, 5).write([problem()], 0, 0)
+        GoldSource(student, 5).write(Request.of([problem()], 0, 0))
     with pytest.raises(UserError, match="cannot write the solution '1\u4e00'"):
-        GoldSource(student, 5).write([problem(solution="1\u4e00")], 0, 0)
+        GoldSource(student, 5).write(Request.of([problem(solution="1\u4e00")], 0, 0))
 
 
 def teacher_source(student: Any, store: Path, engine: CountingEngine) -> TeacherSource:
@@ -105,10 +108,10 @@ def test_the_teacher_writes_each_prompt_once(student: Any, tmp_path: Path):
     engine = CountingEngine()
     source = teacher_source(student, tmp_path / "t.jsonl", engine)
     problems = [problem("a", "1="), problem("b", "22="), problem("a", "1=")]
-    first = source.write(problems, 0, seed=1)
+    first = source.write(Request.of(problems, 0, 1))
     assert [len(asked) for asked in engine.asked] == [2], "a prompt that stands twice is written once"
     assert [(r.group, r.problem.id) for r in first] == [(g, n) for g, n in enumerate("aba") for _ in range(2)]
-    again = source.write([problem("b", "22="), problem("c", "3=")], 5, seed=99)
+    again = source.write(Request.of([problem("b", "22="), problem("c", "3=")], 5, 99))
     assert engine.asked[1:] == [[[5, 14]]], "only what is new"
     assert [r.token_ids for r in again[:2]] == [r.token_ids for r in first[2:4]]
     assert {r.origin for r in first + again} == {"teacher"}
@@ -119,22 +122,23 @@ def test_the_teacher_writes_each_prompt_once(student: Any, tmp_path: Path):
 def test_a_resumed_store_is_cut_back_and_read(student: Any, tmp_path: Path):
     store = tmp_path / "t.jsonl"
     one = teacher_source(student, store, CountingEngine())
-    kept = one.write([problem("a", "1=")], 0, seed=1)
-    offset = one.offset()
-    lost = one.write([problem("b", "22=")], 0, seed=2)
+    kept = one.write(Request.of([problem("a", "1=")], 0, 1))
+    values, tensors = one.state()
+    offset = values["offset"]
+    lost = one.write(Request.of([problem("b", "22=")], 0, 2))
     assert store.stat().st_size > offset
 
     engine = CountingEngine()
     resumed = teacher_source(student, store, engine)
-    resumed.rewind(offset)
-    assert store.stat().st_size == offset == resumed.offset()
-    assert [r.token_ids for r in resumed.write([problem("a", "1=")], 0, seed=7)] == [r.token_ids for r in kept]
+    resumed.restore(values, tensors)
+    assert store.stat().st_size == offset == resumed.state()[0]["offset"]
+    assert [r.token_ids for r in resumed.write(Request.of([problem("a", "1=")], 0, 7))] == [r.token_ids for r in kept]
     assert engine.asked == []
-    assert [r.token_ids for r in resumed.write([problem("b", "22=")], 0, seed=2)] == [r.token_ids for r in lost]
+    assert [r.token_ids for r in resumed.write(Request.of([problem("b", "22=")], 0, 2))] == [r.token_ids for r in lost]
 
     fresh = teacher_source(student, store, engine)
-    assert fresh.offset() == 0
-    fresh.write([problem("z", "9=")], 0, seed=3)
+    assert fresh.state() == ({"offset": 0}, {})
+    fresh.write(Request.of([problem("z", "9=")], 0, 3))
     names = [json.loads(line)["problem"] for line in store.read_text().splitlines()]
     assert names == ["z"], "without a checkpoint the store begins anew"
 
@@ -143,7 +147,7 @@ def test_a_damaged_store_is_named_with_its_line(student: Any, tmp_path: Path):
     store = tmp_path / "t.jsonl"
     store.write_text('{"problem": "a", "samples": []}\n{"problem": 3}\n')
     with pytest.raises(UserError, match=r"t\.jsonl, line 2"):
-        teacher_source(student, store, CountingEngine()).rewind(store.stat().st_size)
+        teacher_source(student, store, CountingEngine()).restore({"offset": store.stat().st_size}, {})
 
 
 def test_seqkd_trains_on_what_the_teacher_wrote(world: Path, tmp_path: Path):
@@ -160,7 +164,7 @@ def test_seqkd_trains_on_what_the_teacher_wrote(world: Path, tmp_path: Path):
 def test_privileged_prompts_show_the_answer_and_train_under_the_ordinary_one(student: Any):
     engine = CountingEngine()
     source = PrivilegedSource(StudentSource(engine, student, 2), "{prompt} is {answer}.")
-    written = source.write([problem()], 3, seed=0)
+    written = source.write(Request.of([problem()], 3, 0))
     assert [text_of(student, ids) for ids in engine.asked[0]] == ["1+2= is 3."]
     for response in written:
         assert text_of(student, response.prompt_ids) == "1+2="
@@ -219,17 +223,36 @@ def test_hdpo_scores_with_the_student_that_sees_the_answer(world: Path, tmp_path
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("gould", "Input should be"),
-        ({"mixture": 1.5}, "less than or equal to 1"),
-        ({"kind": "mixture"}, "needs the student's share"),
-        ({"gold": 1}, "a source is one of student, gold"),
-        ({"kind": "gold", "share": 0.5}, "a mixture needs"),
-        ({"kind": "gold", "other": "teacher"}, "other belongs to a mixture"),
-        ({"kind": "teacher", "samples": 2}, "samples belongs to a privileged source"),
-        ({"kind": "privileged"}, "needs its prompt"),
+        ("gould", "no source is called 'gould'; did you mean 'gold'"),
+        ({"mixture": 1.5}, "a share between 0 and 1, not 1.5"),
+        ("mixture", "mixture.share is missing"),
+        ({"gold": 1}, "source gold has no settings"),
+        ({"kind": "gold"}, "no source is called 'kind'"),
+        ({"mixture": 0.5, "student": {}}, "a source is one of buffer, corrupt"),
+        ({"mixture": {"share": 0.5, "others": "teacher"}}, "others is no recipe key; did you mean 'other'"),
+        ({"mixture": {"linear": {"from": 1}}}, "schedule linear needs to"),
+        ({"mixture": {"share": 0.5, "per": "token"}}, "per: Input should be 'batch' or 'sample'"),
+        ("privileged", "template is missing"),
         ({"privileged": {"template": "{promt} {answer}"}}, "did you mean 'prompt'"),
         ({"privileged": {"template": "{prompt"}}, "no format string"),
         ({"privileged": {"template": "{prompt} think"}}, "shows nothing privileged"),
+        ({"buffer": {"share": 0.5, "size": 0}}, "size: Input should be greater than or equal to 1"),
+        ({"buffer": 2}, "buffer.share is a share"),
+        ("speculative", "k is missing"),
+        ({"speculative": 0}, "k: Input should be greater"),
+        ({"mixed": {"share": 0.2, "weights": "both"}}, "weights: Input should be"),
+        ({"corrupt": {"share": 0.2, "pick": "soft"}}, "pick: Input should be 'random', 'hard' or 'easy'"),
+        ({"pair": "student"}, "chosen: Input should be 'teacher' or 'gold'"),
+        ({"guided": 0}, "teacher: Input should be greater"),
+        ({"traces": {"path": "x", "take": "best"}}, "take: Input should be"),
+        ({"filtered": {"source": "pair", "keep": "right"}}, "filtered takes the responses of student, teacher"),
+        ({"filtered": "good"}, "Input should be a valid dictionary"),
+        ({"filtered": {"score": "lenght", "above": 1}}, "did you mean 'length'"),
+        ({"filtered": {"score": "length"}}, "needs one of above, below"),
+        ({"filtered": {"score": "length", "top": 0.5, "above": 3}}, "one rule, not above and top"),
+        ({"filtered": {"source": "gold", "keep": "right", "tries": 2}}, "text of gold is the same every time"),
+        ({"filtered": {"keep": {"score": "length", "top": 0.5}, "tries": 2}}, "rank over the step"),
+        ({"filtered": {"keep": []}}, "keep needs a filter"),
     ],
 )
 def test_bad_sources_are_refused(source: Any, words: str):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from kdrl.engines.attention import fast_attention
 from kdrl.engines.base import Sample
 from kdrl.engines.cache import new_cache, select_rows
-from kdrl.engines.sampling import Sampler, StopStrings
+from kdrl.engines.sampling import StopStrings
 from kdrl.models.heads import accepts, causal_lm, decoder_of
 from kdrl.models.loading import LoadedModel
 
@@ -54,7 +54,8 @@ class Rows:
     def __init__(self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], steps: int, plan: Plan) -> None:
         self._decoder: Any = decoder_of(loaded.model)
         self._has_positions = accepts(type(self._decoder), "position_ids")
-        self._config, self._device, self._pad, self._plan = text_config(loaded), loaded.device, loaded.pad_id, plan
+        self._config, self._pad, self._plan = text_config(loaded), loaded.pad_id, plan
+        self.device = self._device = loaded.device
         self._steps = steps
         self._width = self._written = max(map(len, prompts))
         self._cache = new_cache(self._config, self._width + steps, plan.roomy_cache)
@@ -110,15 +111,58 @@ class Rows:
         return out.last_hidden_state
 
 
+class Grows(Protocol):
+    """Rows that one model, or several in step, continue by a token at a time."""
+
+    device: torch.device
+
+    @property
+    def hidden_BD(self) -> Any:
+        """What the next token is chosen from."""
+        ...
+
+    def step(self, token_B: Tensor) -> None:
+        """Append a token to every row."""
+        ...
+
+    def keep(self, keep_B: Tensor) -> None:
+        """Drop all rows but the named ones."""
+        ...
+
+
+# fn(hidden, uniforms [B, ...]) -> tokens [B] and float data about each, [B, ...].
+Chooser = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Finished rows: tokens `[T, R]`, the chooser's data `[T, R, ...]`, lengths, and which rows ended by themselves."""
+
+    token_TR: Tensor
+    data_TR: Tensor
+    length_R: Tensor
+    ended_R: Tensor
+
+    def rows(self) -> Iterator[tuple[list[int], list[Any], bool]]:
+        """Tokens, data and end of each row."""
+        columns = (self.token_TR.T.tolist(), self.data_TR.transpose(0, 1).tolist())
+        for token, data, n, ended in zip(*columns, self.length_R.tolist(), self.ended_R.tolist(), strict=True):
+            yield token[:n], data[:n], ended
+
+    def samples(self) -> list[Sample]:
+        """One Sample a row, where the data are log-probs."""
+        return [Sample(token, logp, ended) for token, logp, ended in self.rows()]
+
+
 def write_rows(
-    rows: Rows, uniform_BT: Tensor, eos_ids: Sequence[int], sampler: Sampler, stops: StopStrings | None
-) -> list[Sample]:
-    """Sample until every row has ended or has as many tokens as uniforms; one Sample a row."""
-    device = rows.hidden_BD.device
-    count, steps = uniform_BT.shape
-    uniform_TB = uniform_BT.T.contiguous().to(device)
+    rows: Grows, uniform_BT: Tensor, eos_ids: Sequence[int], choose: Chooser, stops: StopStrings | None
+) -> Written:
+    """Choose tokens until every row has ended or has as many as uniforms `[B, T, ...]`."""
+    device = rows.device
+    count, steps = uniform_BT.shape[:2]
+    uniform_TB = uniform_BT.transpose(0, 1).contiguous().to(device)
     token_TR = torch.zeros(steps, count, dtype=torch.long, device=device)
-    logp_TR = torch.zeros(steps, count, device=device)
+    data_TR: Tensor | None = None
     length_R = torch.zeros(count, dtype=torch.long, device=device)
     ended_R = torch.zeros(count, dtype=torch.bool, device=device)
     slot_B, alive_B = torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)
@@ -126,9 +170,11 @@ def write_rows(
     look_every = _LOOK_EVERY.get(device.type, _LOOK_EVERY_GPU)
     wasted = 0
     for t in range(steps):
-        token_B, logp_B = sampler(rows.hidden_BD, uniform_TB[t])
+        token_B, data_B = choose(rows.hidden_BD, uniform_TB[t])
+        if data_TR is None:
+            data_TR = data_B.new_zeros(steps, count, *data_B.shape[1:])
         token_TR[t].index_copy_(0, slot_B, token_B)
-        logp_TR[t].index_copy_(0, slot_B, logp_B)
+        data_TR[t].index_copy_(0, slot_B, data_B)
         length_R.index_add_(0, slot_B, alive_B.long())
         over_B = (token_B[:, None] == eos_E).any(-1)
         if stops is not None:
@@ -151,9 +197,5 @@ def write_rows(
                 slot_B, alive_B, token_B = slot_B[keep_B], alive_B[keep_B], token_B[keep_B]
                 uniform_TB = uniform_TB[:, keep_B]
         rows.step(token_B)
-    return _samples(token_TR, logp_TR, length_R, ended_R)
-
-
-def _samples(token_TR: Tensor, logp_TR: Tensor, length_R: Tensor, ended_R: Tensor) -> list[Sample]:
-    columns = zip(token_TR.T.tolist(), logp_TR.T.tolist(), length_R.tolist(), ended_R.tolist(), strict=True)
-    return [Sample(token[:n], logp[:n], ended) for token, logp, n, ended in columns]
+    assert data_TR is not None
+    return Written(token_TR, data_TR, length_R, ended_R)

@@ -64,12 +64,20 @@ class Sampler:
             logits_RV = torch.tanh_(logits_RV / self._head.softcap) * self._head.softcap
         return logits_RV
 
+    def _tempered(self, hidden_RD: Tensor) -> Tensor:
+        logits_RV = self.logits(hidden_RD)
+        if self._options.temperature not in (0.0, 1.0):
+            logits_RV /= self._options.temperature
+        return logits_RV
+
+    def probabilities(self, hidden_RD: Tensor) -> Tensor:
+        """The unfiltered policy [R, V] at the temperature (at 1 for greedy)."""
+        return torch.softmax(self._tempered(hidden_RD), -1)
+
     def __call__(self, hidden_RD: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
         """Token [R] and its log-probability [R] under the unfiltered policy at the temperature."""
         options = self._options
-        logits_RV = self.logits(hidden_RD)
-        if options.temperature not in (0.0, 1.0):
-            logits_RV /= options.temperature
+        logits_RV = self._tempered(hidden_RD)
         prob_RV = torch.softmax(logits_RV, -1)
         if options.temperature == 0:
             token_R1 = logits_RV.argmax(-1, keepdim=True)

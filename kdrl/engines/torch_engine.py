@@ -32,12 +32,12 @@ class TorchEngine:
     def __init__(self, loaded: LoadedModel, max_rows: int, filtered_ok: bool = False) -> None:
         if max_rows < 1:
             raise UserError(f"max_rows is {max_rows}; the engine needs at least one row.")
-        self._loaded, self._max_rows, self._filtered_ok = loaded, max_rows, filtered_ok
+        self.loaded, self.max_rows, self._filtered_ok = loaded, max_rows, filtered_ok
         lm = causal_lm(loaded.model)
         if lm not in _PLANS:
-            with _writing(loaded):
+            with writing(loaded):
                 _PLANS[lm] = _right_plan(loaded)
-        self._plan = _PLANS[lm]
+        self.plan = _PLANS[lm]
 
     def generate(
         self,
@@ -57,24 +57,26 @@ class TorchEngine:
         from the policy whose log-probs are returned), and for a prompt and response longer than the model's context.
         """
         options = SamplingOptions(temperature, top_p, top_k)
-        self._check(prompts, samples, max_new_tokens, options)
-        loaded = self._loaded
+        self.check(prompts, samples, max_new_tokens, options)
+        loaded = self.loaded
         drawn = samples if temperature > 0 else 1  # greedy samples of a prompt are equal
         uniform = draw_uniforms(prompts, drawn, max_new_tokens, seed)
         cells = [(i, j) for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) for j in range(drawn)]
         out: dict[tuple[int, int], Sample] = {}
-        with _writing(loaded):
+        with writing(loaded):
             stops = StopStrings(loaded.tokenizer, stop, loaded.vocab_size) if stop else None
             sampler = Sampler(head_of(loaded), options)
-            for wave in _waves(cells, self._max_rows):
-                rows = Rows(loaded, [prompts[i] for i, _ in wave], max_new_tokens, self._plan)
+            for wave in waves(cells, self.max_rows):
+                rows = Rows(loaded, [prompts[i] for i, _ in wave], max_new_tokens, self.plan)
                 uniform_BT = torch.stack([uniform[i, j] for i, j in wave])
-                out.update(zip(wave, write_rows(rows, uniform_BT, loaded.eos_ids, sampler, stops), strict=True))
+                written = write_rows(rows, uniform_BT, loaded.eos_ids, sampler, stops)
+                out.update(zip(wave, written.samples(), strict=True))
         return [[out[i, j % drawn] for j in range(samples)] for i in range(len(prompts))]
 
-    def _check(
+    def check(
         self, prompts: Sequence[Sequence[int]], samples: int, max_new_tokens: int, options: SamplingOptions
     ) -> None:
+        """Raise UserError for a request that `generate` refuses."""
         if samples < 1 or max_new_tokens < 1:
             raise UserError(f"samples is {samples} and max_new_tokens is {max_new_tokens}; both must be at least 1.")
         if options.filtered and not self._filtered_ok:
@@ -84,7 +86,7 @@ class TorchEngine:
             )
         if not all(len(prompt) for prompt in prompts):
             raise UserError("a prompt has no tokens, so there is nothing to continue.")
-        limit = getattr(text_config(self._loaded), "max_position_embeddings", None)
+        limit = getattr(text_config(self.loaded), "max_position_embeddings", None)
         longest = max((len(prompt) for prompt in prompts), default=0)
         if isinstance(limit, int) and longest + max_new_tokens > limit:
             raise UserError(
@@ -94,8 +96,28 @@ class TorchEngine:
 
 
 @contextlib.contextmanager
-def _writing(loaded: LoadedModel) -> Iterator[None]:
+def writing(loaded: LoadedModel) -> Iterator[None]:
     """Eval mode, no gradients and the model's autocast; the mode before is restored."""
+    with writable(loaded), loaded.autocast():
+        yield
+
+
+@contextlib.contextmanager
+def writable(*models: LoadedModel) -> Iterator[None]:
+    """Eval mode and no gradients for models that write together; each forward enters its own model's autocast."""
+    casting = any(loaded.config.autocast is not None for loaded in models)
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.clear_autocast_cache)  # casts made without gradients must not reach a training forward
+        for loaded in models:
+            stack.enter_context(_resting(loaded))
+        stack.enter_context(torch.no_grad() if casting else torch.inference_mode())
+        # The outermost autocast context keeps the casts of those within, which would be made anew at every step.
+        stack.enter_context(torch.autocast(models[0].device.type, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def _resting(loaded: LoadedModel) -> Iterator[None]:
     was_training = loaded.model.training
     casting = loaded.config.autocast is not None
     # Autocast keeps its casts of weights from one step to the next only outside of inference mode, and only of weights
@@ -105,16 +127,14 @@ def _writing(loaded: LoadedModel) -> Iterator[None]:
     for weight in frozen:
         weight.requires_grad_(True)
     try:
-        with torch.no_grad() if casting else torch.inference_mode(), loaded.autocast():
-            yield
+        yield
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
         loaded.model.train(was_training)
-        torch.clear_autocast_cache()  # casts made without gradients must not reach a training forward
 
 
-def _waves(cells: list[tuple[int, int]], max_rows: int) -> list[list[tuple[int, int]]]:
+def waves(cells: list[tuple[int, int]], max_rows: int) -> list[list[tuple[int, int]]]:
     """Cut rows into as few pieces as fit, of nearly equal size."""
     count = -(-len(cells) // max_rows)
     return [cells[len(cells) * k // count : len(cells) * (k + 1) // count] for k in range(count)]

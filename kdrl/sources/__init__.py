@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from kdrl.sources.config import SourceConfig
+from kdrl.sources.config import SOURCES, SourceConfig, SourceSettings
+from kdrl.sources.kinds import Keep
 
-__all__ = ["SourceConfig"]
+__all__ = ["SOURCES", "Keep", "SourceConfig", "SourceSettings"]

@@ -1,88 +1,116 @@
-"""How a recipe says who writes the responses."""
+"""How a recipe says who writes the responses: a kind, with its settings where it has any."""
 
 from __future__ import annotations
 
-from string import Formatter
-from typing import Any, Literal
+from typing import Any, ClassVar
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, model_serializer, model_validator
 
+from kdrl.batch import Origin
 from kdrl.config import Config
 from kdrl.errors import nearest
+from kdrl.objectives.schedules import Schedule
+from kdrl.problems import explain_validation
+from kdrl.registry import Registry
 
-KINDS = ("student", "gold", "teacher", "mixture", "privileged")
-SHOWN = ("prompt", "answer", "solution")
+
+class SourceSettings(Config):
+    """Settings of one kind of source, and what the rest of a recipe must know of it."""
+
+    alone: ClassVar[str | None] = None
+    """The setting that may stand alone, as in {mixture: 0.5}."""
+    alone_mapping: ClassVar[bool] = False
+    """Whether that setting may be a mapping itself, such as a schedule."""
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """Whose responses a step can hold."""
+        raise NotImplementedError
+
+    @property
+    def weighted(self) -> tuple[Origin, ...]:
+        """Origins whose tokens carry importance weights, so that they stand for the student's own samples."""
+        return ()
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether writing needs the teacher model."""
+        return False
+
+    @property
+    def judges(self) -> bool:
+        """Whether writing looks at verdicts."""
+        return False
+
+    @property
+    def resamples(self) -> bool:
+        """Whether dynamic sampling can replace a group by another of the same kind."""
+        return False
+
+    @property
+    def joint(self) -> bool:
+        """Whether student and teacher write in turns, which leaves top-p and top-k without a meaning."""
+        return False
 
 
-def _check_template(template: str) -> None:
-    """Raise ValueError for a privileged prompt that cannot be filled in."""
+SOURCES: Registry[type[SourceSettings]] = Registry("source")
+
+
+def _read_settings(name: str, given: Any) -> SourceSettings:
+    if name not in SOURCES:
+        raise ValueError(f"no source is called {name!r}{nearest(str(name), SOURCES)}")
+    kind = SOURCES.get(name)
+    if given is None:
+        given = {}
+    if not kind.model_fields and given != {}:
+        raise ValueError(f"source {name} has no settings; write {name!r} alone")
+    settings = isinstance(given, dict) and (not kind.alone_mapping or not given or set(given) & set(kind.model_fields))
+    if not settings:
+        given = {kind.alone: given}
     try:
-        names = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
-    except ValueError as error:
-        raise ValueError(f"the privileged template {template!r} is no format string: {error}") from None
-    if unknown := sorted(names - set(SHOWN)):
-        raise ValueError(f"the privileged template names {{{unknown[0]}}}{nearest(unknown[0], SHOWN)}")
-    if not names & {"answer", "solution"}:
-        raise ValueError("the privileged template shows nothing privileged: it needs {answer} or {solution}")
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise ValueError("; ".join(explain_validation(error, kind, f"{name}."))) from None
 
 
 class SourceConfig(Config):
-    """`student`, `gold`, `teacher`, `{mixture: share}` or `{privileged: {template: ...}}`."""
+    """A kind's name, `{kind: value}` for its main setting, or `{kind: {setting: value}}`."""
 
-    kind: Literal["student", "gold", "teacher", "mixture", "privileged"] = "student"
-    """`privileged`: the student, and for groups with no right answer also the student with privileged context."""
-    share: float | None = Field(default=None, ge=0.0, le=1.0)
-    """mixture: probability that a step's responses are the student's; the coin is tossed per step (GKD, 2306.13649)."""
-    other: Literal["gold", "teacher"] = "gold"
-    """mixture: who writes the other steps."""
-    template: str | None = None
-    """privileged: the prompt with what the student may see, over {prompt}, {answer} and {solution}."""
-    samples: int | None = Field(default=None, ge=1)
-    """privileged: responses per prompt before the filter to right ones; default: rollout.group."""
+    kind: str = "student"
+    """One of the registered kinds."""
+    settings: SerializeAsAny[SourceSettings] = Field(default_factory=lambda: SOURCES.get("student")())
+    """What the kind takes."""
 
     @model_validator(mode="before")
     @classmethod
     def _read(cls, raw: Any) -> Any:
+        if isinstance(raw, SourceConfig) or raw == {}:
+            return raw
         if isinstance(raw, str):
-            return {"kind": raw}
-        if isinstance(raw, dict) and raw and "kind" not in raw:
-            key = next(iter(raw))
-            if len(raw) != 1 or key not in ("mixture", "privileged"):
-                raise ValueError(f"a source is one of {', '.join(KINDS)}, not {raw!r}")
-            value = raw[key]
-            inner = value if isinstance(value, dict) else {"share": value}
-            return {"kind": key, **inner}
-        return raw
-
-    @model_validator(mode="after")
-    def _check(self) -> SourceConfig:
-        if (self.kind == "mixture") != (self.share is not None):
-            raise ValueError("a mixture needs the student's share, as in {mixture: 0.5}")
-        if (self.kind == "privileged") != (self.template is not None):
-            raise ValueError(
-                'a privileged source needs its prompt: {privileged: {template: "{prompt}\\nAnswer: {answer}"}}'
-            )
-        if self.template is not None:
-            _check_template(self.template)
-        if self.kind != "privileged" and self.samples is not None:
-            raise ValueError("samples belongs to a privileged source; rollout.group says how many the others write")
-        if self.kind != "mixture" and "other" in self.model_fields_set:
-            raise ValueError("other belongs to a mixture: {mixture: {share: 0.5, other: teacher}}")
-        return self
+            return {"kind": raw, "settings": _read_settings(raw, None)}
+        if isinstance(raw, dict) and len(raw) == 1:
+            name, given = next(iter(raw.items()))
+            return {"kind": name, "settings": _read_settings(name, given)}
+        raise ValueError(f"a source is one of {', '.join(SOURCES)}, alone or with its settings, not {raw!r}")
 
     @property
-    def origins(self) -> tuple[str, ...]:
+    def origins(self) -> tuple[Origin, ...]:
         """Whose responses a step can hold."""
-        return {
-            "mixture": ("student", self.other),
-            "privileged": ("student", "privileged"),
-        }.get(self.kind, (self.kind,))
+        return self.settings.origins
+
+    @property
+    def template(self) -> str | None:
+        """The privileged prompt, where there is one."""
+        return getattr(self.settings, "template", None)
 
     @model_serializer
     def _write(self) -> Any:
-        if self.kind == "mixture":
-            return {"mixture": {"share": self.share, "other": self.other}}
-        if self.kind == "privileged":
-            inner = {"template": self.template}
-            return {"privileged": inner if self.samples is None else {**inner, "samples": self.samples}}
-        return self.kind
+        given = {k: v for k, v in self.settings.model_dump(mode="json").items() if v is not None}
+        return {self.kind: given} if given else self.kind
+
+
+def check_share(name: str, share: Schedule, low: float = 0.0) -> None:
+    """Raise ValueError for a constant share that is no share; one that moves is checked against the run's length."""
+    value = share.spec
+    if isinstance(value, int | float) and not low <= value <= 1.0:
+        raise ValueError(f"{name} is a share between {low:g} and 1, not {value:g}")

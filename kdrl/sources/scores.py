@@ -1,0 +1,121 @@
+"""Scores of whole responses, for filters: verdicts, length, mean log-probs, and how often a problem is solved.
+
+Scores of single tokens are `kdrl.objectives.scores`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kdrl.batch import Response, Rollouts, lay_out, pack_rows
+from kdrl.models import LoadedModel, head_of, hidden_states
+from kdrl.objectives.head import TokenScores, score_tokens
+from kdrl.registry import Registry
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Judged responses of a round, and who can be asked about them; `probe` gives each problem's share of right ones.
+
+    `temperature` is the policy's, `budget` the padded tokens of a forward pass.
+    """
+
+    responses: Sequence[Response]
+    student: LoadedModel
+    teacher: LoadedModel | None = None
+    temperature: float = 1.0
+    budget: int = 4096
+    probe: Callable[[Sequence[Response]], dict[str, float]] = field(default=lambda responses: {})
+
+
+ScoreFunction = Callable[[Scoring], list[float]]
+RESPONSE_SCORES: Registry[ScoreFunction] = Registry("response score")
+
+
+def register_response_score(name: str) -> Callable[[ScoreFunction], ScoreFunction]:
+    """Register `fn(scoring: Scoring) -> one number per response` as a score that filters can name."""
+
+    def register(function: ScoreFunction) -> ScoreFunction:
+        RESPONSE_SCORES.add(name, of=function)(function)
+        return function
+
+    return register
+
+
+@torch.no_grad()
+def forward_scores(
+    model: LoadedModel, responses: Sequence[Response], temperature: float, budget: int, *, entropy: bool = False
+) -> TokenScores:
+    """Log-probs (and entropies) of all response tokens, flat `[N]`, in float32, `budget` padded tokens at a time."""
+    rollouts = Rollouts.of(responses, model.device)
+    every_N = torch.ones_like(rollouts.trained_N)
+    logp_N = torch.zeros(rollouts.tokens, device=model.device)
+    entropy_N = torch.zeros_like(logp_N)
+    head = head_of(model)
+    for pack in pack_rows(rollouts, range(rollouts.rows), budget):
+        micro = lay_out(rollouts, pack, every_N, model.pad_id)
+        with model.autocast():
+            hidden_BLD = hidden_states(model, micro.input_ids_BL, micro.attention_mask_BL)
+        hidden_MD = hidden_BLD.flatten(0, 1)[micro.place_M]
+        targets_M = rollouts.tokens_N[micro.index_M]
+        found = score_tokens(head, hidden_MD, targets_M, temperature=temperature, entropy=entropy)
+        logp_N[micro.index_M] = found.logp_N.to(logp_N.dtype)
+        if found.entropy_N is not None:
+            entropy_N[micro.index_M] = found.entropy_N.to(logp_N.dtype)
+    return TokenScores(logp_N, entropy_N if entropy else None, ())
+
+
+def _mean_logp(model: LoadedModel, scoring: Scoring) -> list[float]:
+    logp_N = forward_scores(model, scoring.responses, scoring.temperature, scoring.budget).logp_N
+    lengths = [len(r.token_ids) for r in scoring.responses]
+    return [float(part.mean()) for part in logp_N.split(lengths)]
+
+
+@register_response_score("reward")
+def reward(scoring: Scoring) -> list[float]:
+    """The reward."""
+    return [r.reward for r in scoring.responses]
+
+
+@register_response_score("correct")
+def correct(scoring: Scoring) -> list[float]:
+    """1 where the verifier accepts the response."""
+    return [float(r.correct) for r in scoring.responses]
+
+
+@register_response_score("length")
+def length(scoring: Scoring) -> list[float]:
+    """Tokens of the response."""
+    return [float(len(r.token_ids)) for r in scoring.responses]
+
+
+@register_response_score("student_logp")
+def student_logp(scoring: Scoring) -> list[float]:
+    """The student's mean log-prob of the tokens; perplexity is exp(-x)."""
+    return _mean_logp(scoring.student, scoring)
+
+
+@register_response_score("teacher_logp")
+def teacher_logp(scoring: Scoring) -> list[float]:
+    """The teacher's mean log-prob of the tokens."""
+    assert scoring.teacher is not None
+    return _mean_logp(scoring.teacher, scoring)
+
+
+@register_response_score("group_rate")
+def group_rate(scoring: Scoring) -> list[float]:
+    """Share of right responses in the response's group."""
+    groups: dict[int, list[bool]] = {}
+    for r in scoring.responses:
+        groups.setdefault(r.group, []).append(r.correct)
+    return [sum(groups[r.group]) / len(groups[r.group]) for r in scoring.responses]
+
+
+@register_response_score("student_rate")
+def student_rate(scoring: Scoring) -> list[float]:
+    """How often the student solves the problem: rollout.group samples that are judged and dropped (DED, 2508.09883)."""
+    rates = scoring.probe(scoring.responses)
+    return [rates[r.problem.id] for r in scoring.responses]
