@@ -26,18 +26,22 @@ def float32_attention(
     return mixed.to(query.dtype), None
 
 
-@contextlib.contextmanager
-def training_attention(lm: Any) -> Iterator[None]:
-    """While inside, a forward pass that will be differentiated in bfloat16 on a CPU attends in float32."""
-    config = lm.config.get_text_config()
+def attends_in_float32(lm: Any) -> bool:
+    """Whether a forward pass now will be differentiated in bfloat16 on a CPU, and not recomputed in the backward."""
     weight = next(lm.parameters())
     low = weight.dtype == torch.bfloat16 or torch.is_autocast_enabled(weight.device.type)
-    wanted = low and weight.device.type == "cpu" and torch.is_grad_enabled()
     # What is recomputed in the backward pass must be what the forward pass did, and that is after this context.
     recomputed = getattr(lm, "is_activation_checkpointing", None)
     if recomputed is None:  # the name before transformers 5.2x
         recomputed = getattr(lm, "is_gradient_checkpointing", False)
-    if not wanted or recomputed or config._attn_implementation != "sdpa":
+    return low and weight.device.type == "cpu" and torch.is_grad_enabled() and not recomputed
+
+
+@contextlib.contextmanager
+def training_attention(lm: Any) -> Iterator[None]:
+    """While inside, a forward pass that will be differentiated in bfloat16 on a CPU attends in float32."""
+    config = lm.config.get_text_config()
+    if config._attn_implementation != "sdpa" or not attends_in_float32(lm):
         yield
         return
     config._attn_implementation = _NAME

@@ -1,0 +1,1 @@
+"""Feature terms: what student and teacher hold inside (hidden states, attention) compared beside their outputs."""
