@@ -38,6 +38,8 @@ class Modulation(Config):
     """s, the teacher's part in the weight."""
     clip: float = Field(default=0.2, gt=0.0, le=1.0)
     """c, how far the teacher may move an advantage."""
+    skip_eos: bool = False
+    """Leave the final end-of-sequence token's advantage as it is (teacher and student that end differently)."""
 
 
 class TeacherReward(Config):
@@ -49,6 +51,8 @@ class TeacherReward(Config):
     """R is not below this; log(l / (1-l)) is REOPOLD's bound (2603.11137); null for none."""
     high: float | None = 10.0
     """R is not above this; null for none."""
+    skip_eos: bool = False
+    """Add nothing at the final end-of-sequence token (teacher and student that end differently)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -142,9 +146,11 @@ class PolicyGradient(Term[PolicyGradientConfig]):
         up, down = config.positive_weight.at(view.moment), config.negative_weight.at(view.moment)
         worth_N = torch.where(view.advantage_N > 0, up * view.advantage_N, down * view.advantage_N)
         if config.modulate is not None:
-            return modulated(config.modulate, worth_N, _log_ratio_to_teacher(view), view.moment)
+            R_N = _log_ratio_to_teacher(view, config.modulate.skip_eos)
+            return modulated(config.modulate, worth_N, R_N, view.moment)
         if config.teacher_reward is not None:
-            return worth_N + teacher_reward(config.teacher_reward, _log_ratio_to_teacher(view), view.moment)
+            R_N = _log_ratio_to_teacher(view, config.teacher_reward.skip_eos)
+            return worth_N + teacher_reward(config.teacher_reward, R_N, view.moment)
         return worth_N
 
     def clipped(self, view: TokenView) -> tuple[Tensor, Tensor]:
@@ -165,10 +171,11 @@ class PolicyGradient(Term[PolicyGradientConfig]):
         return self.clipped(view)[0]
 
 
-def _log_ratio_to_teacher(view: TokenView) -> Tensor:
-    """R = log p - log q of the sampled tokens `[N]`, as data."""
+def _log_ratio_to_teacher(view: TokenView, skip_eos: bool) -> Tensor:
+    """R = log p - log q of the sampled tokens `[N]`, as data; 0 at a final token that is skipped."""
     assert view.teacher_N is not None
-    return finite(view.teacher_N) - view.logq_N.detach()
+    R_N = finite(view.teacher_N) - view.logq_N.detach()
+    return R_N.masked_fill(view.last_N, 0.0) if skip_eos else R_N
 
 
 def modulated(spec: Modulation, advantage_N: Tensor, R_N: Tensor, moment: Moment) -> Tensor:

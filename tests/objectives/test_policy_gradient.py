@@ -127,6 +127,18 @@ def test_bounds_of_the_teachers_reward(spec: Any, want: list[float]):
     close(run({"teacher_reward": spec}, [0.0] * 3, R=[-30.0, 0.5, 30.0])[1], -np.array(want))
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_teacher_may_be_left_out_at_the_end(skip: bool):
+    last = torch.tensor([False, True])
+    for keys, want in (
+        ({"teacher_reward": {"weight": 1.0, "skip_eos": skip}}, [3.0, 1.0 if skip else 3.0]),
+        ({"modulate": {"skip_eos": skip}}, [1.2, 1.0 if skip else 1.2]),
+    ):
+        leaf = as_tensor([-1.0, -1.0])
+        view = token_view(leaf, advantage_N=as_tensor([1.0, 1.0]), teacher_N=leaf + 2.0, last_N=last)
+        close(term(**keys).advantage(view), want)
+
+
 def test_the_weight_of_the_teachers_reward_may_move():
     spec = {"linear": {"from": 1.0, "to": 0.0, "steps": 4}}
     close(run({"teacher_reward": spec}, [0.0], R=[2.0], moment=Moment(1, 4))[1], [-1.5])
