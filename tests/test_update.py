@@ -90,7 +90,7 @@ def test_splitting_padding_order_and_chunks_leave_the_gradient(
     moved = score(student, [responses[i] for i in order], entries, **told)
     assert_near(gradient(replace(student, pad_id=9), moved, budget=100), whole)
     whole_chunks = head.chunks
-    monkeypatch.setattr(head, "chunks", lambda tokens, vocab, size=None: whole_chunks(tokens, vocab, 3))
+    monkeypatch.setattr(head, "chunks", lambda tokens, vocab, size, starts: whole_chunks(tokens, vocab, 3, starts))
     assert_near(gradient(student, scored, budget=60), whole)
 
 

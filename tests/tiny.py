@@ -16,7 +16,7 @@ from torch import Tensor
 from kdrl.batch import Origin, Response, Rollouts
 from kdrl.build import Builder
 from kdrl.models import LoadedModel, ModelConfig, NewModel, NewTokenizer, load_model, save_final
-from kdrl.objectives.objective import Objective
+from kdrl.objectives.objective import Objective, token_data
 from kdrl.objectives.schedules import Moment
 from kdrl.objectives.terms import TERMS
 from kdrl.recipe import Recipe, load_recipe, merge
@@ -229,7 +229,9 @@ def score(
     if reference is not None:
         anchor = LocalTeacher(reference, 4096).score(rollouts, rollouts.trained_N, "token", temperature)
     noise_N = torch.tensor([x for r in responses for x in (r.logp or [0.0] * len(r.token_ids))])
-    return Scored(rollouts, active, evidence, anchor, logp_N + noise_N if stale else None, None, temperature)
+    return Scored(
+        rollouts, active, evidence, anchor, logp_N + noise_N if stale else None, None, temperature, token_data(rollouts)
+    )
 
 
 def gradient(student: LoadedModel, scored: Scored, *, budget: int = 4096, rows: Sequence[int] | None = None) -> Tensor:
