@@ -145,10 +145,12 @@ def _check_preference(recipe: Recipe, name: str, term: Preference, read: set[str
         )
     if config.loss == "kto" and "student" not in read:
         raise UserError(f"objective.{name} measures the policy's drift on the student's own responses; read them too.")
-    if config.by == "origin" and (len(read) < 2 or "student" not in read):
+    if config.by == "origin" and not ("student" in read and read & {"teacher", "gold", "privileged"}):
         raise UserError(
-            f"objective.{name} prefers another writer's text to the student's own, but reads only "
+            f"objective.{name} prefers another writer's text to the student's own, but reads only that of "
             f"{', '.join(sorted(read))}; set source: {{pair: {{chosen: teacher, rejected: student}}}}, or by: reward."
         )
+    if config.by == "origin" and "buffer" in read:
+        raise UserError(f"objective.{name} would prefer the student's own replayed text; leave buffer out of its `on`.")
     if config.loss != "kto" and kind in ("student", "teacher", "guided") and recipe.rollout.group < 2:
         raise UserError(f"a group of one response holds no pair for objective.{name}; set rollout.group to 2 or more.")

@@ -95,7 +95,8 @@ def test_a_method_as_published_deviates_from_nothing_and_reads_back(name: str, w
         ("luffy", {"objective": [{"policy_gradient": {"on": ["student", "teacher"]}}]}, "off_policy: {shape: 0.1}"),
         ("dpo", {"optimizer": {"minibatches": 2}}, "would tear groups apart"),
         ("dpo", {"rollout": {"group": 1}}, "holds no pair"),
-        ("plad", {"source": "teacher", "rollout": {"group": 2}}, "reads only teacher; set source: {pair"),
+        ("plad", {"source": "teacher", "rollout": {"group": 2}}, "reads only that of teacher; set source: {pair"),
+        ("plad", {"source": {"buffer": 0.5}, "objective": [{"preference": {"by": "origin"}}]}, "own replayed text"),
         ("kto", {"source": "teacher", "objective": [{"preference": {"loss": "kto"}}]}, "the policy's drift"),
         (
             "minillm",
