@@ -33,6 +33,8 @@ def alpha_beta_entries(logx: Tensor, logy: Tensor, alpha: float, beta: float) ->
         return logx.exp() * (logx - logy)
     if (alpha, beta) == (0.0, 1.0):
         return logy.exp() * (logy - logx)
+    if (alpha, beta) == (0.0, 0.0):
+        return 0.5 * (logx - logy).square()
     if beta == 0.0 or alpha == 0.0:
         # D_{a,0} = sum x^a (a log x/y) - x^a + y^a, over a^2; D_{0,b} the same with x and y exchanged.
         a, logx, logy = (alpha, logx, logy) if beta == 0.0 else (beta, logy, logx)

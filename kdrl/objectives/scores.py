@@ -148,6 +148,8 @@ class Score:
         if self.kind.reads == "batch":
             return tokens.measured[self.key].to(tokens.logq_C.dtype)
         values = {k: v(tokens) if isinstance(v, Score) else v for k, v in self._values(tokens.moment).items()}
+        if "entries" in self.reads:  # a token's score beside an entry's is the same for all its entries
+            values = {k: v[:, None] if isinstance(v, Tensor) and v.dim() == 1 else v for k, v in values.items()}
         first = tokens.both() if self.kind.reads == "entries" else (tokens,)
         return self.kind.function(*first, **values)
 

@@ -21,7 +21,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "reverse_kl": (),
     "tv": (),
     "jsd": ("beta", "scale", "detach"),
-    "skew_kl": ("skew", "detach"),
+    "skew_kl": ("skew",),
     "skew_reverse_kl": ("skew", "detach"),
     "symmetric": ("forward",),
     "alpha_beta": ("alpha", "beta"),
@@ -51,6 +51,11 @@ class Assistant(Config):
         if self.tilt is not None and "a" in self.model_fields_set:
             raise ValueError("a says which mean; {tilt: ...} is none")
         return self
+
+    @model_serializer(mode="wrap")
+    def _write(self, handler: Any) -> dict[str, Any]:
+        unsaid = {"share", "a"} if self.share is None else {"tilt"}
+        return {name: value for name, value in handler(self).items() if name not in unsaid}
 
 
 class Arm(Config):
@@ -107,7 +112,7 @@ class Divergence(Config):
     scale: Literal["limits", "paper"] = "limits"
     """jsd: `limits` divides J_beta by beta(1-beta), so its ends are the two KLs; `paper` is J_beta as in GKD."""
     detach: bool = False
-    """jsd and skew: take the mixture as data (DistiLLM-2 does, DistiLLM does not)."""
+    """jsd and skew_reverse_kl: take the mixture as data (DistiLLM-2 does, DistiLLM does not)."""
     arms: tuple[Arm, ...] = ()
     """One or two comparisons."""
     assistant: Assistant | None = None
@@ -223,7 +228,7 @@ class Divergence(Config):
         if self.kind == "jsd":
             return self._jsd(values["beta"])
         if self.kind == "skew_kl":
-            return [ArmNow("p", "r")], AssistantNow(-1.0, values["skew"], self.detach)
+            return [ArmNow("p", "r")], AssistantNow(-1.0, values["skew"], False)
         if self.kind == "skew_reverse_kl":
             return [ArmNow("q", "r")], AssistantNow(-1.0, 1.0 - values["skew"], self.detach)
         return self._arms(moment)
