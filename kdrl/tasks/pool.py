@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -37,9 +38,12 @@ class _Process(SpawnProcess):
         with _launching:
             main = sys.modules["__main__"]
             sys.modules["__main__"] = ModuleType("__main__")
+            # A Ctrl-C while the worker imports would print its traceback; it inherits the mask and ignores it later.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 return SpawnProcess._Popen(process_obj)  # type: ignore[attr-defined]
             finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 sys.modules["__main__"] = main
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -57,6 +58,9 @@ def start(paths: list[str], scorer: bytes, parent: int) -> None:
     """Load the scorer before the first clock starts; a failure is kept and told with every result."""
     import resource
 
+    # The pool ignores Ctrl-C in its workers; until then it was blocked, and what a verifier starts must not inherit that.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     sys.path[:] = paths
