@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kdrl.errors import UserError
 
 console = Console(highlight=False, soft_wrap=True)
 _PLAIN_EVERY_S = 10.0
@@ -110,9 +113,7 @@ def generate_command(
     from kdrl.data.inputs import checked_options, open_inputs
 
     config = checked_options(GenerateConfig, given)
-    inputs = open_inputs(recipe, overrides or [])
-    if device is not None:
-        inputs = inputs.model_copy(update={"device": device})
+    inputs = _on_device(open_inputs(recipe, overrides or []), device)
 
     def job(bar: Bar) -> Any:
         def show(done: int, total: int, counts: dict[str, int]) -> None:
@@ -142,6 +143,107 @@ def stoppable(what: str, job: Callable[[Bar], Any], after: str) -> Any:
         raise typer.Exit(1) from None
 
 
+SELECT_HELP = """Keep or weigh the rows of a data set by a score, and say what was kept.
+
+DATA is a data file (.jsonl, .json, .csv, .parquet), a `datasets` folder, or a recipe or task file whose task names one.
+Rows need prompt and answer; what is scored is `response` (as `kdrl generate` writes it) or `solution`, or the column
+that task.columns.solution names. Rows keep their order and columns. Rows that task.holdout keeps from training are
+written unscored, so that the splits stay as they are.
+
+\b
+--by         keeps                                                          needs
+difference   the rows with the largest (or --reverse: smallest) reference   --keep, teacher, reference
+             loss minus teacher loss (MiniPLM, 2410.17215)
+ddk          all, with a column `weight`; or with --keep a resampled set    --domain, teacher, reference
+             whose domains have shares alpha softmax(PPL_S/PPL_T) +
+             (1 - alpha)/N (DDK, 2407.16154)
+success      prompts whose share of right traces is within --low, --high    --low or --high
+perplexity   the least perplexing rows, or those within the bounds          --keep, or --low, --high
+length       the shortest rows in tokens, or those within the bounds        --keep, or --low, --high
+diversity    the farthest-apart traces of each prompt or of all rows:       --per-prompt or --keep
+             greedy k-center, edit distance over words (DED, 2508.09883)
+ngram        rows drawn by hashed n-gram importance (DSIR, 2302.03169)      --target, --keep
+
+Teacher and reference are the recipe's teacher and student where --teacher and --reference do not name others. Losses
+are nats over the response's text, without the end token; difference and ddk divide both models' by the tokens of the
+teacher's tokenizer, so the two tokenizers may differ; perplexity is per token of its own model.
+
+\b
+Examples:
+  kdrl select data.jsonl --by difference --keep 0.5 --teacher BIG --reference SMALL --output half.jsonl
+  kdrl select data.jsonl --by success --traces student.jsonl --high 0.9 --output unsolved.jsonl
+  kdrl select traces.jsonl --by diversity --per-prompt 2 --output apart.jsonl
+  kdrl select recipes/mine.yaml --by ddk --domain subject --output weighted.jsonl
+      and then: kdrl train ... task.path=weighted.jsonl task.columns.weight=weight
+"""
+
+
+def select_command(
+    data: Annotated[Path, typer.Argument(help="Data file or folder, recipe, or task file (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.columns.solution=text.")] = None,
+    output: Annotated[Path, typer.Option(help="New file: .jsonl, .json, .csv or .parquet.")] = ...,  # type: ignore[assignment]
+    by: Annotated[str, typer.Option(help="difference, ddk, success, perplexity, length, diversity or ngram.")] = ...,  # type: ignore[assignment]
+    keep: Annotated[str | None, typer.Option(help="A share (0.5) or a number (1000) of rows.")] = None,
+    reverse: Annotated[bool, typer.Option("--reverse", help="Keep the other end of the scores.")] = False,
+    low: Annotated[float | None, typer.Option(help="Least score kept: success, perplexity, length.")] = None,
+    high: Annotated[float | None, typer.Option(help="Largest score kept.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder, GGUF file or hub id. Default: the recipe's.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The small model. Default: the recipe's student.")] = None,
+    of: Annotated[str, typer.Option(help="perplexity: of teacher or reference.")] = "teacher",
+    traces: Annotated[
+        str | None, typer.Option(help="success: file of `kdrl generate --keep all`. Default: DATA itself.")
+    ] = None,
+    per_prompt: Annotated[int | None, typer.Option(help="diversity: traces kept of each prompt.")] = None,
+    domain: Annotated[str, typer.Option(help="ddk: column that names the domain.")] = "domain",
+    alpha: Annotated[float, typer.Option(help="ddk: smoothing; 0 gives equal shares.")] = 0.5,
+    probe: Annotated[int, typer.Option(help="ddk: rows scored per domain.")] = 500,
+    target: Annotated[str | None, typer.Option(help="ngram: data file that the kept rows should resemble.")] = None,
+    scores: Annotated[bool, typer.Option("--scores", help="Add the scores as columns.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. Default: the recipe's.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn: ddk, ngram.")] = 0,
+) -> None:
+    """Options of `kdrl select`; the text of its --help is SELECT_HELP."""
+    given = {k: v for k, v in locals().items() if k in _SELECT_OPTIONS}
+    from kdrl.data.choosing import SelectConfig, parse_keep
+    from kdrl.data.inputs import checked_options, open_inputs
+    from kdrl.data.report import numbers, sentence, tables
+    from kdrl.data.select import select
+
+    config = checked_options(SelectConfig, {**given, "keep": parse_keep(keep)})
+    inputs = _on_device(open_inputs(data, overrides or []), device)
+    if json_file is not None and not json_file.parent.is_dir():
+        raise UserError(f"--json {json_file}: there is no folder {json_file.parent}.")
+
+    def job(bar: Bar) -> Any:
+        def show(what: str, done: int, total: int) -> None:
+            bar(done, total, what)
+
+        return select(inputs, config, output, teacher=teacher, reference=reference, progress=show)
+
+    selection = stoppable("scoring", job, "nothing is written")
+    for table in tables(selection):
+        console.print(table)
+    for note in selection.choice.notes:
+        say(f"note: {note}")
+    say(sentence(selection))
+    if selection.choice.weights is not None:
+        say("train with task.columns.weight=weight, so that problems are met in proportion to it")
+    if json_file is not None:
+        json_file.write_text(json.dumps(numbers(selection), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+_SELECT_OPTIONS = {
+    *("by", "reverse", "low", "high", "of", "traces", "per_prompt", "domain", "alpha", "probe", "target", "scores"),
+    "seed",
+}
+
+
+def _on_device(inputs: Any, device: str | None) -> Any:
+    return inputs if device is None else inputs.model_copy(update={"device": device})
+
+
 def register(app: typer.Typer) -> None:
     """Add both commands to the program."""
     app.command("generate", help=GENERATE_HELP)(generate_command)
+    app.command("select", help=SELECT_HELP)(select_command)

@@ -110,8 +110,8 @@ class Summary:
         drawn = c["drawn"]
         out = [
             f"{c['problems']} problems, {c['solved']} of them with a right trace; {c['kept']} traces kept of {drawn}",
-            f"accuracy of the first draws {c['right'] / c['first']:.3f}, {c['tokens'] / drawn:.1f} tokens a trace, {c['cut'] / drawn:.1%} cut "
-            f"at the limit; {c['tokens']} tokens written, {self.seconds:.1f} s",
+            f"accuracy of the first draws {c['right'] / c['first']:.3f}, {c['tokens'] / drawn:.1f} tokens a trace, "
+            f"{c['cut'] / drawn:.1%} cut at the limit; {c['tokens']} tokens written, {self.seconds:.1f} s",
         ]
         for status in ("timeout", "crash", "printed"):
             if c.get(status):
