@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from kdrl.engines import TorchEngine
 from kdrl.errors import UserError
 from kdrl.evaluation import EvaluateConfig, EvaluationResult, evaluate_loaded, pick_problems
 from kdrl.features.live import make_features
+from kdrl.held_out import solution_loss
 from kdrl.models import LoadedModel, encode_prompt, load_model
+from kdrl.objectives.schedules import Memory
 from kdrl.pairing import check_lengths, check_pairing
 from kdrl.recipe import Recipe
 from kdrl.rollouts import Collector
@@ -162,10 +164,15 @@ class Builder:
             engine, loaded, problems, self.pool, config, 0, max_new_tokens=limit, stop=self.recipe.rollout.stop
         )
 
-    def development(self) -> dict[str, float | None]:
-        """The evaluation of a training run, as metrics."""
-        result = self.evaluate_model(self.student, self.recipe.evaluate)
-        return {f"eval/{key}": value for key, value in result.headline().items()}
+    def development(self, updater: Updater) -> dict[str, float | None]:
+        """The evaluation of a training run, as metrics; with the likelihood of solutions where a schedule follows it."""
+        recipe = self.recipe
+        result = self.evaluate_model(self.student, recipe.evaluate)
+        row = {f"eval/{key}": value for key, value in result.headline().items()}
+        if Memory.within(recipe).follows("eval/loss"):
+            problems = pick_problems(self.task, recipe.evaluate)
+            row["eval/loss"] = solution_loss(self.student, updater, problems, recipe.rollout.max_new_tokens)
+        return row
 
     def parts(self) -> Parts:
         """Everything the trainer needs."""
@@ -195,7 +202,7 @@ class Builder:
             updater=updater,
             optimizer=self.optimizer(updater),
             checkpoints=Checkpoints(self.run_dir, recipe.checkpoint),
-            evaluate=self.development,
+            evaluate=partial(self.development, updater),
             device=self.device,
             skipped=lambda: self.stream.skipped,
         )
