@@ -165,7 +165,7 @@ class Builder:
         )
 
     def development(self, updater: Updater) -> dict[str, float | None]:
-        """The evaluation of a training run, as metrics; with the likelihood of solutions where a schedule follows it."""
+        """The evaluation of a training run, as metrics; the likelihood of solutions where a schedule follows it."""
         recipe = self.recipe
         result = self.evaluate_model(self.student, recipe.evaluate)
         row = {f"eval/{key}": value for key, value in result.headline().items()}

@@ -19,7 +19,7 @@ def solution_loss(student: LoadedModel, updater: Updater, problems: Sequence[Pro
         if not problem.solution:
             raise UserError(
                 "a schedule follows eval/loss, the likelihood of worked solutions, and development problem "
-                f"{problem.id} has none; name them with task.columns.solution or task.solution, or follow eval/accuracy."
+                f"{problem.id} has none; name them with task.columns.solution or task.solution, or follow another."
             )
         ids = encoded_text(student, problem.solution)[0][:max_tokens]
         prompt = encode_prompt(student, problem.prompt)
