@@ -116,6 +116,7 @@ class _Request:
     reference: bool
     checkpointing: bool
     device: torch.device
+    more: tuple[Item, ...] = ()
 
     @property
     def compute_bytes(self) -> int:
@@ -143,12 +144,13 @@ def plan(
     checkpointing: bool = False,
     device: str | torch.device = "cpu",
     available: int | None = None,
+    more: tuple[Item, ...] = (),
 ) -> MemoryPlan:
     """Plan the memory of a run with AdamW.
 
     `trainable_parameters` are all of the student's when None, the adapters' with `lora`; `micro_batch_tokens` is the
     token budget of one forward and backward; `max_length` is prompt and response together; `rollout_rows` responses
-    are written at once (0: none); `available` bytes are asked of the device when None.
+    are written at once (0: none); `available` bytes are asked of the device when None; `more`: other parts.
     Raises UserError when the device is not there.
     """
     if lora and trainable_parameters is None:
@@ -167,6 +169,7 @@ def plan(
         reference=reference,
         checkpointing=checkpointing,
         device=torch.device(device),
+        more=more,
     )
     room = available_bytes(request.device) if available is None else available
     made = MemoryPlan(_items(request), room, str(request.device))
@@ -174,7 +177,7 @@ def plan(
 
 
 def _items(r: _Request) -> tuple[Item, ...]:
-    parts = (*_held(r), *_rollout(r), *_update(r), *_optimizer_step(r))
+    parts = (*_held(r), *_rollout(r), *_update(r), *_optimizer_step(r), *r.more)
     return tuple(item for item in parts if item.bytes)
 
 

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from kdrl.build import resolve_device
 from kdrl.checks import build_objective
 from kdrl.errors import UserError
+from kdrl.features.plan import feature_items
 from kdrl.memory import MemoryPlan, plan
 from kdrl.model_shape import ModelShape, adapter_parameters
 from kdrl.models.config import NewModel, NewTokenizer, TeacherModelConfig
@@ -48,9 +49,12 @@ def memory_plan(recipe: Recipe) -> MemoryPlan:
     objective = build_objective(recipe)
     writes = recipe.source.kind != "gold"
     rows = min(recipe.rollout.rows, recipe.rollout.prompts * recipe.rollout.group) if writes else 0
+    shape = ModelShape.from_config(student_config)
+    teacher_shape = None if teacher is None else ModelShape.from_config(config_of(teacher))
+    tokens = max(recipe.optimizer.micro_batch_tokens, _longest(recipe))
     return plan(
-        ModelShape.from_config(student_config),
-        None if teacher is None else ModelShape.from_config(config_of(teacher)),
+        shape,
+        teacher_shape,
         trainable_parameters=None if lora is None else adapter_parameters(student_config, lora),
         micro_batch_tokens=recipe.optimizer.micro_batch_tokens,
         max_length=_longest(recipe),
@@ -62,4 +66,5 @@ def memory_plan(recipe: Recipe) -> MemoryPlan:
         reference=lora is None and any(t.needs.reference for t in objective.terms),
         checkpointing=recipe.student.gradient_checkpointing,
         device=resolve_device(recipe.device),
+        more=feature_items(objective, shape, teacher_shape, tokens, _longest(recipe)),
     )

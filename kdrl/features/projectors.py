@@ -82,3 +82,16 @@ def size_of(config: FeatureConfig, shape: ModelShape) -> int:
     if kind == "queries":
         return shape.query_width
     return shape.kv_width if kind in ("keys", "values") else shape.width
+
+
+def projector_parameters(config: FeatureConfig, sizes: Sequence[tuple[int, int]]) -> int:
+    """How many parameters `make_projectors` will make."""
+    spec = config.projector
+
+    def count(student: int, teacher: int) -> int:
+        if spec.kind == "mlp":
+            width = spec.width or teacher
+            return (student + 1) * width + (width + 1) * teacher
+        return student * teacher + (teacher if spec.kind == "linear" else 0)
+
+    return 0 if spec.kind == "none" else sum(count(*size) for size in (sizes[:1] if spec.shared else sizes))
