@@ -26,7 +26,8 @@ class Response:
     """One response to one problem; `token_ids` include the end-of-sequence token when it `ended`.
 
     `logp` are the student's own log-probs when it was written, `importance` weights of its tokens where another policy
-    sampled them, `privileged_ids` the prompt that a self-teacher reads; `judged` says that the verdict is known.
+    sampled them, `privileged_ids` the prompt that a self-teacher reads; `judged` says that the verdict is known, and
+    `feedback` is what the verifier said beside it.
     """
 
     problem: Problem
@@ -44,6 +45,7 @@ class Response:
     correct: bool = False
     status: str = "ok"
     judged: bool = False
+    feedback: str | None = None
 
 
 @dataclass(frozen=True)

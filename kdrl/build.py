@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kdrl.checkpoint import Checkpoints
-from kdrl.checks import build_objective, needs_rewards, teacher_terms
+from kdrl.checks import build_objective, needs_rewards, self_terms, teacher_terms
 from kdrl.engines import TorchEngine
 from kdrl.errors import UserError
 from kdrl.evaluation import EvaluateConfig, EvaluationResult, evaluate_loaded, pick_problems
@@ -18,14 +18,14 @@ from kdrl.features.live import make_features
 from kdrl.held_out import solution_loss
 from kdrl.models import LoadedModel, encode_prompt, load_model
 from kdrl.objectives.schedules import Memory
-from kdrl.pairing import check_lengths, check_pairing
+from kdrl.pairing import check_contexts, check_lengths, check_pairing
 from kdrl.recipe import Recipe
 from kdrl.rollouts import Collector
 from kdrl.sources.base import Judge
 from kdrl.sources.build import Writers
 from kdrl.tasks import Problem, Task, VerifierPool, build_task
 from kdrl.tasks.base import take
-from kdrl.teachers import LocalTeacher, ReferenceTeacher, SelfTeacher, Teacher
+from kdrl.teachers import LocalTeacher, PreparedTeacher, ReferenceTeacher, SelfTeacher, Teacher
 from kdrl.trainer import Parts
 from kdrl.update import Updater
 
@@ -94,7 +94,9 @@ class Builder:
         models = {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
         stream = self.stream
         # A generated task goes on for ever, so a sample has to do; of a file every problem is measured.
-        check_lengths(models, take(stream, 64 if stream.size is None else stream.size), self.recipe)
+        problems = take(stream, 64 if stream.size is None else stream.size)
+        check_lengths(models, problems, self.recipe)
+        check_contexts(self.student, problems, self.recipe)
         if stream.skipped:
             counts = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in stream.skipped.items())
             self.notes.append(f"training problems left out: {counts}")
@@ -135,11 +137,17 @@ class Builder:
         budget = self.recipe.optimizer.micro_batch_tokens
         found: dict[str, Teacher] = {}
         if self.teacher is not None:
-            found["teacher"] = LocalTeacher(self.teacher, budget)
-        if self.recipe.source.kind == "privileged":
-            found["self"] = SelfTeacher(self.student, budget)
+            found["teacher"] = self._scoring_teacher(self.teacher, budget)
+        if self_terms(self.objective):
+            found["self"] = SelfTeacher(self.student, budget, self.recipe.self_teacher)
         leashed = any(t.needs.reference for t in self.objective.terms)
         return found, ReferenceTeacher(self.student, budget) if leashed else None
+
+    def _scoring_teacher(self, teacher: LoadedModel, budget: int) -> Teacher:
+        prepare = None if self.recipe.teacher is None else self.recipe.teacher.prepare
+        if prepare is None:
+            return LocalTeacher(teacher, budget)
+        return PreparedTeacher(teacher, budget, prepare.build(teacher, self.recipe.seed), self.student)
 
     def optimizer(self, updater: Updater) -> torch.optim.Optimizer:
         """AdamW with decay on matrices only; fused, which on a CPU takes a quarter of the time."""

@@ -9,6 +9,7 @@ from kdrl.objectives.terms import TERMS, Distill, PolicyGradient, Preference, Re
 from kdrl.recipe import Recipe
 from kdrl.score_checks import check_scores, reads_rewards
 from kdrl.sources.checks import check_filtered_rewards, check_source, foreign_reason, own_samples
+from kdrl.teachers.checks import check_self_teacher
 
 OF_CORRECTNESS = {"wrong_response", "right_response", "wrong_group"}
 
@@ -29,6 +30,11 @@ def teacher_terms(objective: Objective) -> list[Term]:
     ]
 
 
+def self_terms(objective: Objective) -> list[Term]:
+    """Terms that ask the student itself."""
+    return [t for t in objective.terms if isinstance(t, Distill) and t.config.teacher == "self"]
+
+
 def needs_rewards(recipe: Recipe, objective: Objective) -> bool:
     """Whether anything in the recipe looks at a verdict."""
     masks = set().union(*(mask_names(t.config.mask) for t in objective.terms)) if objective.terms else set()
@@ -36,6 +42,7 @@ def needs_rewards(recipe: Recipe, objective: Objective) -> bool:
         any(t.needs.rewards for t in objective.terms)
         or bool(masks & OF_CORRECTNESS)
         or recipe.source.settings.judges
+        or recipe.self_teacher.needs_verdicts
         or recipe.rollout.dynamic_sampling > 0
         or any(reads_rewards(t) for t in objective.terms)
     )
@@ -47,6 +54,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise UserError("the recipe has no objective: name a method (`kdrl methods` lists them) or give `objective`.")
     objective = build_objective(recipe)
     _check_teacher(recipe, objective)
+    check_self_teacher(recipe, self_terms(objective))
     _check_rollouts(recipe, objective)
     check_source(recipe)
     check_scores(recipe, objective)
@@ -63,6 +71,11 @@ def _check_teacher(recipe: Recipe, objective: Objective) -> None:
     if recipe.teacher is None and (asking or writes):
         who = f"{asking[0].name} term asks it" if asking else "source has it write"
         raise UserError(f"there is no teacher, but the {who}; add teacher.model=PATH_OR_ID.")
+    if recipe.teacher is not None and recipe.teacher.prepare is not None and not asking:
+        raise UserError(
+            f"teacher.prepare={recipe.teacher.prepare.name} adapts what the teacher scores, but no term asks it; leave "
+            "it out, or add a distill term."
+        )
 
 
 def _check_rollouts(recipe: Recipe, objective: Objective) -> None:

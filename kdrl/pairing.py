@@ -10,6 +10,7 @@ from kdrl.recipe import Recipe
 from kdrl.sources.student import privileged_prompt
 from kdrl.tasks import Problem
 from kdrl.tasks.base import Prompt
+from kdrl.teachers.context import assumed_context
 
 
 def check_pairing(student: LoadedModel, teacher: LoadedModel) -> list[str]:
@@ -57,6 +58,27 @@ def check_lengths(models: dict[str, LoadedModel], problems: Sequence[Problem], r
                 f"{recipe.rollout.max_new_tokens} make {need}; lower rollout.max_new_tokens or set "
                 "task.max_prompt_tokens."
             )
+
+
+def check_contexts(student: LoadedModel, problems: Sequence[Problem], recipe: Recipe) -> None:
+    """Raise UserError when the self-teacher could not read its context, as far as that is known before the first step.
+
+    A verifier's own feedback may be longer than the sentence assumed here; a response whose context does not fit then
+    is counted as one without context.
+    """
+    config, limit = recipe.self_teacher, recipe.rollout.max_new_tokens
+    if config.context is None or not problems:
+        return
+    if "solution" in config.shows and all(problem.solution is None for problem in problems):
+        raise UserError("self_teacher.context shows {solution}, and no problem has one; set task.solution or {answer}.")
+    longest = max(len(encode_prompt(student, assumed_context(config.context, problem))) for problem in problems)
+    need = longest + limit * (1 + ("sibling" in config.shows))
+    context = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and need > context:
+        raise UserError(
+            f"the self-teacher reads at most {context} tokens, but self_teacher.context, filled in, and the responses "
+            f"make {need}; shorten it, lower rollout.max_new_tokens or set task.max_prompt_tokens."
+        )
 
 
 def _tokens(loaded: LoadedModel) -> str:

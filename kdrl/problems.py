@@ -43,7 +43,7 @@ def _unknown(where: str, loc: tuple[Any, ...], root: type[BaseModel], prefix: st
         section = _child(section, str(part)) if section is not None and not _is_union_tag(part) else section
     elsewhere = [path for path in _paths(root) if path.split(".")[-1] == key]
     if elsewhere:
-        return f"{where} is no recipe key; did you mean {prefix}{elsewhere[0]}?"
+        return f"{where} is no recipe key; did you mean {prefix}{min(elsewhere, key=lambda path: path.count('.'))}?"
     known = list(section.model_fields) if section is not None else [p for p in _paths(root) if "." not in p]
     return f"{where} is no recipe key{nearest(key, known)}"
 

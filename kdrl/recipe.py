@@ -16,7 +16,7 @@ from kdrl.config import Config
 from kdrl.errors import UserError, nearest
 from kdrl.evaluation import EvaluateConfig
 from kdrl.methods import get_method
-from kdrl.models.config import ModelConfig, TeacherModelConfig
+from kdrl.models.config import ModelConfig
 from kdrl.objectives.schedules import Schedule
 from kdrl.objectives.terms import TERMS, ScheduleField, TermConfig
 from kdrl.overrides import assign, parse_override
@@ -24,6 +24,8 @@ from kdrl.plugins import load_plugins
 from kdrl.problems import explain_validation
 from kdrl.sources.config import SourceConfig
 from kdrl.tasks.config import TaskConfig
+from kdrl.teachers.config import SelfTeacherConfig, TeacherConfig
+from kdrl.teachers.prepare import PREPARATIONS
 from kdrl.watch import LogConfig
 from kdrl.yamls import load_yaml
 
@@ -147,8 +149,10 @@ class Recipe(Config):
     """Python files or modules to import first: one's own terms, masks, schedules, verifiers, tasks."""
     student: ModelConfig
     """The model that is trained."""
-    teacher: TeacherModelConfig | None = None
+    teacher: TeacherConfig | None = None
     """The model that scores or writes; needed by distill terms and source teacher."""
+    self_teacher: SelfTeacherConfig = SelfTeacherConfig()
+    """The student that distill terms with `teacher: self` ask; by default as it is, under the privileged prompt."""
     task: TaskConfig
     """Prompts and their verifier."""
     rollout: RolloutConfig = RolloutConfig()
@@ -262,6 +266,11 @@ def describe_fields(kind: type[Config] = Recipe, prefix: str = "") -> list[tuple
 def describe_terms() -> list[tuple[str, str, str]]:
     """The settings of every objective term, as `describe_fields` gives the recipe's keys."""
     return [row for name in TERMS for row in describe_fields(TERMS.get(name).Config, f"objective.{name}.")]
+
+
+def describe_preparations() -> list[tuple[str, str, str]]:
+    """The settings of everything that `teacher.prepare` can name."""
+    return [r for n in PREPARATIONS for r in describe_fields(PREPARATIONS.get(n).Config, f"teacher.prepare.{n}.")]
 
 
 def _section(annotation: Any) -> type[Config] | None:

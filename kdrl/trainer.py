@@ -30,6 +30,7 @@ from kdrl.recipe import Recipe
 from kdrl.rollouts import Collected, Collector
 from kdrl.seeds import derive
 from kdrl.teachers import Evidence, Teacher
+from kdrl.teachers.beside import Beside
 from kdrl.update import Scored, Tally, Updater
 from kdrl.watch import Watch
 
@@ -98,6 +99,7 @@ class Trainer:
         self.recipe = parts.recipe
         self.progress = Progress()
         self.memory = Memory.within(parts.recipe)
+        self.beside = Beside(parts.teachers)
         self._interrupted = False
 
     def restore(self, saved: Loaded) -> dict[str, int]:
@@ -117,6 +119,7 @@ class Trainer:
         self.memory.states = saved.state["schedules"]
         kept = saved.tensors.get("source", {})
         self.parts.collector.restore(self.progress.position, saved.state["source"], kept)
+        self.beside.restore(saved)
         return saved.state["offsets"]
 
     def save(self, watch: Watch, score: float | None) -> Path:
@@ -127,7 +130,8 @@ class Trainer:
         state = {"progress": vars(self.progress), "optimizer": optimizer, "offsets": watch.offsets()}
         state["schedules"] = self.memory.states
         state["source"], kept = self.parts.collector.state()
-        groups = {"student": trained, "optimizer": tensors} | ({"source": kept} if kept else {})
+        state["beside"], beside = self.beside.save()
+        groups = {"student": trained, "optimizer": tensors} | ({"source": kept} if kept else {}) | beside
         return self.parts.checkpoints.save(self.progress.step, groups, state, score=score)
 
     def run(self, watch: Watch) -> None:
@@ -213,10 +217,12 @@ class Trainer:
         phases.seconds["verify"] = collected.verify_seconds
         phases.seconds["rollout"] -= collected.verify_seconds
         rollouts = Rollouts.of(collected.responses, self.parts.device)
-        scored = self._score(rollouts, moment, phases)
+        fitted: dict[str, Any] = {}
+        scored = self._score(rollouts, moment, phases, fitted)
         with phases.of("update"):
             tally, norms, balanced = self._update(scored, moment)
         self.progress.step += 1
+        self.beside.after_step(self.progress.step)
         self.progress.position = self.parts.collector.position
         self.progress.responses += collected.generated
         self._count_calls(scored)
@@ -224,7 +230,7 @@ class Trainer:
             self.progress.verdicts[status] += collected.statuses[status]
         phases.seconds["step"] = time.perf_counter() - start
         row = step_row(self.recipe, self.progress, collected, scored, tally, norms, phases.seconds)
-        row |= {"lr": self._lr(moment)} | balanced
+        row |= {"lr": self._lr(moment)} | balanced | fitted | self.beside.numbers(collected.responses)
         row |= {
             f"weight/{n}": w
             for n, w in zip(self.parts.objective.names, self.parts.objective.weights(moment), strict=True)
@@ -238,22 +244,27 @@ class Trainer:
         logq_N = entropy_N = None
         if self.parts.objective.wants_entropy_mask:
             logq_N, entropy_N = self.parts.updater.score_policy(rollouts, self.recipe.rollout.temperature)
-        active = self.parts.objective.activate(rollouts, moment, entropy_N, logq_N)
+        active = self.beside.narrowed(self.parts.objective.activate(rollouts, moment, entropy_N, logq_N), rollouts)
         kept: set[int] = set()
         for each in active:
             if each.term.family == "kd":
                 kept |= set(rollouts.group_B[rollouts.row_N[each.keep_N]].tolist())
         return kept
 
-    def _score(self, rollouts: Rollouts, moment: Moment, phases: Phases) -> Scored:
+    def _score(
+        self, rollouts: Rollouts, moment: Moment, phases: Phases, fitted: dict[str, Any] | None = None
+    ) -> Scored:
+        """What every update needs; with `fitted`, teachers are fitted to the student first and tell it their loss."""
         temperature = self.recipe.rollout.temperature
         several = self.recipe.optimizer.minibatches * self.recipe.optimizer.epochs > 1
         old_N = entropy_N = None
         if several or self.parts.objective.wants_entropy_mask:
             with phases.of("update"):
                 old_N, entropy_N = self.parts.updater.score_policy(rollouts, temperature)
-        active = self.parts.objective.activate(rollouts, moment, entropy_N, old_N)
+        active = self.beside.narrowed(self.parts.objective.activate(rollouts, moment, entropy_N, old_N), rollouts)
         with phases.of("teacher"):
+            if fitted is not None:
+                fitted |= self.beside.prepare(active, rollouts, temperature, moment)
             evidence = {name: self._ask(name, rollouts, active) for name in {a.teacher for a in active} if name}
             reference = None
             if self.parts.reference is not None:
@@ -332,6 +343,8 @@ class Trainer:
                 loss = updater.accumulate(scored, rows, tally if epoch == 0 else None)
                 norm, applied = updater.step(self.parts.optimizer, config.clip, loss)
                 norms.append(norm)
+                if applied:
+                    self.beside.after_update(moment)
                 self.progress.bad_in_a_row = 0 if applied else self.progress.bad_in_a_row + 1
                 self.progress.skipped_updates += not applied
         return tally, norms, balanced

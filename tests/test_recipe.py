@@ -293,7 +293,10 @@ def test_every_setting_of_a_term_is_documented():
             {"objective": [{"distill": {"teacher": "self", "on": ["privileged"]}}, {"entropy": {}}]},
             "objective.distill reads responses of privileged, but source student",
         ),
-        ({"objective": [{"distill": {"teacher": "self"}}]}, "it needs `on: [privileged]`"),
+        (
+            {"objective": [{"distill": {"teacher": "self"}}]},
+            "the live student without more context is",
+        ),
         ({"method": "sft", "rollout": {"temperature": 0.7}}, "cross_entropy is the likelihood at temperature 1"),
         (
             {"method": "sft", "objective": [{"cross_entropy": {"mask": {"top_entropy": 0.5}}}]},

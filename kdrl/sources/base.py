@@ -141,6 +141,6 @@ class Judge:
         items = [(r.text, r.problem, ResponseInfo(len(r.token_ids), not r.ended, self.max_tokens)) for r in asked]
         for response, verdict in zip(asked, self.pool.score(items), strict=True):
             response.reward, response.correct, response.status = verdict.reward, verdict.correct, verdict.status
-            response.judged = True
+            response.judged, response.feedback = True, verdict.feedback
             out.statuses[verdict.status] += 1
         out.verify_seconds += time.perf_counter() - start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -41,11 +41,15 @@ class ResponseInfo:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A scored response: shaped `reward`, `correct` by the verifier alone, `status` ok, timeout, crash or printed."""
+    """A scored response: shaped `reward`, `correct` by the verifier alone, `status` ok, timeout, crash or printed.
+
+    `feedback` is what the verifier says about it in words, None where it gives a score alone.
+    """
 
     reward: float
     correct: bool
     status: str
+    feedback: str | None = None
 
 
 @runtime_checkable
@@ -77,6 +81,14 @@ def user_text(prompt: Prompt) -> str:
     if len(turns) == 1 and turns[0].get("role") == "user":
         return str(turns[0].get("content"))
     return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
+
+
+def rewritten(prompt: Prompt, write: Callable[[str], str]) -> Prompt:
+    """The prompt with `write` applied to its text; in a chat, to that of the last message."""
+    if isinstance(prompt, str):
+        return write(prompt)
+    *before, last = prompt
+    return [*before, {**last, "content": write(last["content"])}]
 
 
 def problem_id(prompt: Prompt) -> str:

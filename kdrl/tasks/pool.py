@@ -110,7 +110,8 @@ class VerifierPool:
                 why,
             )
         self.counts[status] += 1
-        return Verdict(shaped(score, formed, info, self.config), score == 1.0, status)
+        feedback = (why or None) if status == "ok" else None
+        return Verdict(shaped(score, formed, info, self.config), score == 1.0, status, feedback)
 
     def _outcome(self, future: Future[worker.Outcome]) -> worker.Outcome:
         try:

@@ -26,7 +26,7 @@ def compiled(pattern: str, option: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class Scorer:
-    """(response, problem) -> (verifier score in [0, 1], whether the response has the wanted form)."""
+    """(response, problem) -> (verifier score in [0, 1], whether the response has the wanted form, feedback or "")."""
 
     verifier: Verifier
     extraction: ExtractConfig
@@ -43,16 +43,20 @@ class Scorer:
             response = without_reasoning(response, self.reasoning_tag)
         return extract(response, self.extraction)
 
-    def __call__(self, response: str, problem: Problem) -> tuple[float, bool]:
-        """Score one response; raises ValueError when the verifier's result is no score."""
+    def __call__(self, response: str, problem: Problem) -> tuple[float, bool, str]:
+        """Score one response; raises ValueError when the verifier's result is no score, nor (score, feedback)."""
         formed = self.form is not None and re.search(self.form, response, re.DOTALL) is not None
         answer = self.answer(response)
         if not answer:
-            return 0.0, formed
-        score = float(self.verifier(answer, problem))
+            return 0.0, formed, ""
+        result = self.verifier(answer, problem)
+        given, feedback = result if isinstance(result, tuple) else (result, "")
+        score = float(given)
+        if not isinstance(feedback, str):
+            raise ValueError(f"the verifier's feedback is {feedback!r}, not a text")
         if not (math.isfinite(score) and 0.0 <= score <= 1.0):
             raise ValueError(f"the verifier returned {score}, not a score between 0 and 1")
-        return score, formed
+        return score, formed, feedback
 
 
 def build_scorer(config: TaskConfig) -> Scorer:

@@ -1,4 +1,7 @@
-"""Verifiers: functions (response, problem) -> score in [0, 1] or bool, on the part of a response that is the answer."""
+"""Verifiers: functions (response, problem) -> score in [0, 1] or bool, on the part of a response that is the answer.
+
+One may return (score, feedback) instead: words about the response that a self-teacher can be shown.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ from kdrl.tasks.base import Problem
 from kdrl.tasks.config import TaskConfig
 from kdrl.tasks.userfn import is_reference, load_function
 
-Verifier = Callable[[str, Problem], float]
+Verifier = Callable[[str, Problem], float | tuple[float, str]]
 
-VERIFIERS: Registry[Callable[..., float]] = Registry("verifier")
+VERIFIERS: Registry[Callable[..., float | tuple[float, str]]] = Registry("verifier")
 register_verifier = VERIFIERS.add
 
 
@@ -112,7 +115,7 @@ def build_verifier(config: TaskConfig) -> Verifier:
     return partial(function, **settings) if settings else function
 
 
-def _check_settings(name: str, function: Callable[..., float], settings: Mapping[str, Any]) -> None:
+def _check_settings(name: str, function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):

@@ -15,7 +15,7 @@ from typing import Any
 from kdrl.tasks.base import Problem
 
 Outcome = tuple[str, float, bool, str]
-"""(status, score, formed, what went wrong)"""
+"""(status, score, formed, what went wrong, or the verifier's feedback)"""
 
 _state: dict[str, Any] = {}
 
@@ -90,13 +90,13 @@ def verify(payload: bytes) -> Outcome:
     """Score one pickled (response, problem)."""
     if "broken" in _state:
         return "broken", 0.0, False, _state["broken"]
-    score: Callable[[str, Problem], tuple[float, bool]] = _state["score"]
+    score: Callable[[str, Problem], tuple[float, bool, str]] = _state["score"]
     try:
         response, problem = pickle.loads(payload)
-        value, formed = score(response, problem)
+        value, formed, feedback = score(response, problem)
     except BaseException as error:  # also sys.exit() and KeyboardInterrupt: none may stop the run
         _printed()
         return "crash", 0.0, False, f"{type(error).__name__}: {error}"
     if _printed():
         return "printed", 0.0, False, "it wrote to standard output"
-    return "ok", value, formed, ""
+    return "ok", value, formed, feedback

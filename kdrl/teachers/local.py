@@ -1,4 +1,4 @@
-"""A teacher in the same process: another model, the student with privileged context, or the student at the start.
+"""A teacher in the same process: another model, or the student at the start.
 
 Left out: served and cached teachers, several at once, another tokenizer, offload between phases.
 """
@@ -6,14 +6,14 @@ Left out: served and cached teachers, several at once, another tokenizer, offloa
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdrl.batch import Rollouts, lay_out, pack_rows
+from kdrl.batch import MicroBatch, Rollouts, lay_out, pack_rows
 from kdrl.errors import UserError
 from kdrl.models import LoadedModel, head_of, hidden_states
 from kdrl.objectives.head import Head, score_tokens
@@ -45,10 +45,7 @@ class LocalTeacher:
             head = head_of(self.loaded)
             for pack in pack_rows(rollouts, rows, self.budget, privileged=self.privileged):
                 micro = lay_out(rollouts, pack, keep_N, self.loaded.pad_id, privileged=self.privileged)
-                self._check_context(micro.input_ids_BL.shape[1])
-                with self.loaded.autocast():
-                    hidden_BLD = hidden_states(self.loaded, micro.input_ids_BL, micro.attention_mask_BL)
-                chosen_MD = hidden_BLD.flatten(0, 1)[micro.place_M]
+                chosen_MD = self._hidden(micro)
                 targets_M = rollouts.tokens_N[micro.index_M]
                 logp = score_tokens(head, chosen_MD, targets_M, temperature=temperature).logp_N
                 logp_N[micro.index_M] = logp.to(logp_N.dtype)
@@ -65,24 +62,25 @@ class LocalTeacher:
     def _keep(self, head: Head) -> Head:
         return head
 
-    def _check_context(self, length: int) -> None:
+    def _hidden(self, micro: MicroBatch) -> Tensor:
+        """Hidden states `[M, D]` that predict a micro-batch's wanted tokens."""
+        self._check_context(micro.input_ids_BL.shape[1])
+        with self.loaded.autocast():
+            hidden_BLD = hidden_states(self.loaded, micro.input_ids_BL, micro.attention_mask_BL)
+        return hidden_BLD.flatten(0, 1)[micro.place_M]
+
+    @property
+    def longest(self) -> float:
+        """Tokens that the model reads at most."""
         context = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None and length > context:
+        return math.inf if context is None else context
+
+    def _check_context(self, length: int) -> None:
+        if length > self.longest:
             raise UserError(
-                f"the teacher reads at most {context} tokens, and a prompt with its response has {length}; lower "
+                f"the teacher reads at most {self.longest} tokens, and a prompt with its response has {length}; lower "
                 "rollout.max_new_tokens or set task.max_prompt_tokens."
             )
-
-
-class SelfTeacher(LocalTeacher):
-    """The student as it is now, reading the prompt with privileged context (HDPO 2603.23871, OPSD 2601.18734)."""
-
-    privileged = True
-
-    def _keep(self, head: Head) -> Head:
-        # The student's own head moves with every update of the step; the evidence must not.
-        bias_V = None if head.bias_V is None else head.bias_V.detach().clone()
-        return replace(head, weight_VD=head.weight_VD.detach().clone(), bias_V=bias_V)
 
 
 class ReferenceTeacher(LocalTeacher):

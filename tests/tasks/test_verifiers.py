@@ -117,5 +117,5 @@ def test_rewards_add_up() -> None:
     made = config(rewards={"format": {"pattern": "<a>.*</a>$", "bonus": 0.2}, "overlong": {"buffer": 10}})
     scorer, problem = build_scorer(made), Problem("x", "?", "<a>1\n</a>")
     for response, value, form in (("<a>1\n</a>", 1.0, True), ("<a>2</a>", 0.0, True), ("1", 0.0, False)):
-        assert scorer(response, problem) == (value, form)
+        assert scorer(response, problem) == (value, form, "")
         assert shaped(value, form, ResponseInfo(95, False, 100), made) == pytest.approx(value + 0.2 * form - 0.5)

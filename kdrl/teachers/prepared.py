@@ -1,0 +1,105 @@
+"""A local teacher with something learned around it that is fitted to the student before each of its updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdrl.batch import MicroBatch, Rollouts, lay_out, pack_rows
+from kdrl.models import LoadedModel, head_of, hidden_states
+from kdrl.objectives.head import Comparison, Head, score_tokens
+from kdrl.objectives.schedules import Moment
+from kdrl.optimizer_state import flatten_optimizer, restore_optimizer
+from kdrl.teachers.local import LocalTeacher
+from kdrl.teachers.prepare import Preparation, Views
+
+
+class PreparedTeacher(LocalTeacher):
+    """Scores with what `preparation` has learned; no gradient is kept for the teacher's own weights."""
+
+    def __init__(self, loaded: LoadedModel, budget: int, preparation: Preparation[Any], student: LoadedModel) -> None:
+        super().__init__(loaded, budget)
+        self.preparation, self.student = preparation, student
+        self._parameters = list(preparation.parameters.values())
+        self.optimizer = torch.optim.AdamW(self._parameters, lr=0.0, weight_decay=0.0)
+
+    def _hidden(self, micro: MicroBatch) -> Tensor:
+        self._check_context(micro.input_ids_BL.shape[1] + self.preparation.more_tokens)
+        with self.loaded.autocast():
+            hidden_BLD = self.preparation.hidden(micro.input_ids_BL, micro.attention_mask_BL)
+        return hidden_BLD.flatten(0, 1)[micro.place_M]
+
+    def prepare(self, rollouts: Rollouts, keep_N: Tensor, temperature: float, moment: Moment) -> dict[str, Any]:
+        """One optimizer step on the tokens that `keep_N` marks, the student as it is now; metrics of the step."""
+        count = int(keep_N.sum())
+        if not count:
+            return {}
+        rows = rollouts.row_N[keep_N].unique().tolist()
+        total = 0.0
+        for pack in pack_rows(rollouts, rows, self.budget):
+            loss = self._loss(rollouts, lay_out(rollouts, pack, keep_N, self.loaded.pad_id), temperature, moment)
+            (loss / count).backward()
+            total += float(loss.detach()) / count
+        clip = self.preparation.config.clip
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, math.inf if clip is None else clip))
+        sound = math.isfinite(norm) and math.isfinite(total)
+        if sound:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.preparation.config.lr.at(moment)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"prepare/loss": total if sound else None, "prepare/grad_norm": norm if sound else None}
+
+    def _loss(self, rollouts: Rollouts, micro: MicroBatch, temperature: float, moment: Moment) -> Tensor:
+        """The preparation's loss summed over a micro-batch's tokens."""
+        with torch.no_grad():
+            teacher_MD, student_MD = (_bare(model, micro) for model in (self.loaded, self.student))
+        with torch.enable_grad():
+            heads = head_of(self.loaded), head_of(self.student)
+            compare = self._comparison(heads, (teacher_MD, student_MD), temperature, moment)
+            targets_M = rollouts.tokens_N[micro.index_M]
+            scores = score_tokens(
+                heads[0], self._hidden(micro), targets_M, temperature=temperature, comparisons=[compare]
+            )
+            return scores.losses_N[0].sum()
+
+    def _comparison(
+        self, heads: tuple[Head, Head], hidden: tuple[Tensor, Tensor], temperature: float, moment: Moment
+    ) -> Comparison:
+        def compare(adapted_CV: Tensor, part: slice) -> Tensor:
+            with torch.no_grad():
+                bare, student = (
+                    head.logp(states[part], temperature).to(adapted_CV.dtype)
+                    for head, states in zip(heads, hidden, strict=True)
+                )
+            return self.preparation.loss(Views(adapted_CV, bare, student, moment))
+
+        return compare
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is learned, and its optimizer's moments."""
+        learned = {name: p.detach() for name, p in self.preparation.parameters.items()}
+        return learned | flatten_optimizer(self.optimizer, self.preparation.parameters)[0]
+
+    def state(self) -> dict[str, Any]:
+        """The optimizer's options."""
+        return flatten_optimizer(self.optimizer, self.preparation.parameters)[1]
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Go back to a checkpoint; raises UserError when it is of other parameters."""
+        names = self.preparation.parameters
+        moments = {name: tensor for name, tensor in tensors.items() if "|" in name}
+        restore_optimizer(self.optimizer, names, moments, state)
+        with torch.no_grad():
+            for name, parameter in names.items():
+                parameter.copy_(tensors[name])
+
+
+def _bare(loaded: LoadedModel, micro: MicroBatch) -> Tensor:
+    with loaded.autocast():
+        hidden_BLD = hidden_states(loaded, micro.input_ids_BL, micro.attention_mask_BL)
+    return hidden_BLD.flatten(0, 1)[micro.place_M]
