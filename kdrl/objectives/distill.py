@@ -49,8 +49,11 @@ class DistillConfig(TermConfig):
             raise ValueError(
                 f"clamp bounds a sampled-token ratio: it belongs to support {{token: ...}}, not to {self.support.kind}"
             )
-        if "entries" in self.scale.reads:
-            raise ValueError(f"scale: {self.scale.spec} judges single entries of the vocabulary; use it as a gate")
+        for score in self.expressions:
+            gate = any(score is arm.gate for arm in self.divergence.arms)
+            inner = any("entries" in part.reads for part in score.batch_parts())
+            if "entries" in score.reads and (inner or not gate):
+                raise ValueError(f"{score.spec} judges single entries of the vocabulary; it can only gate an arm")
         return self
 
     def _check_target(self) -> None:
@@ -70,6 +73,8 @@ class DistillConfig(TermConfig):
                 )
         if "decouple" in changes and (self.support.kind != "full" or not self.divergence.of_arms):
             raise ValueError("target.decouple splits a divergence with arms over full support")
+        if "decouple" in changes and any(gate.constant is None for gate in self.divergence.gates):
+            raise ValueError("target.decouple weighs label and rest by scores of its own; an arm takes no gate there")
         if "decouple" in changes and self.target.decouple and self.target.decouple.label_only and kind != "forward_kl":
             raise ValueError("decouple.label_only is a part of forward_kl")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kdrl.objectives.logspace import finite
+from kdrl.objectives.logspace import LOG_FLOOR, finite
 from kdrl.objectives.schedules import START, Moment
 from kdrl.objectives.scores import Score
 from kdrl.objectives.specs import ArmNow, AssistantNow, Divergence
@@ -96,9 +96,10 @@ def pair_differences(weights: tuple[str, str], logp: Tensor, logq: Tensor) -> Te
 
     Over part of the vocabulary the weights are normalised there. Uniform ones give the variance of d.
     """
+    neither = torch.isneginf(logp) & torch.isneginf(logq)
     logp, logq = finite(logp), finite(logq)
     d = logq - logp
-    of = {"teacher": logp, "student": logq.detach(), "uniform": torch.zeros_like(d)}
+    of = {"teacher": logp, "student": logq.detach(), "uniform": torch.zeros_like(d).masked_fill(neither, LOG_FLOOR)}
     one, two = (of[name].softmax(-1) for name in weights)
     # Centred where the cross term vanishes; it also keeps the digits of a small spread around a large mean.
     squares = (d - (two * d).sum(-1, keepdim=True)).square()

@@ -29,7 +29,7 @@ class Support(Config):
     rest: Rest = "tail"
     """topk: what becomes of all others: `tail` is one outcome more (unbiased on the head and on the tail's mass);
     `renormalise_teacher` spreads the teacher over the k tokens (over-sharp student); `partial` drops their part of the
-    sum (same fixed point, smaller steps); `renormalise` does it to both sides (student mass outside is free)."""
+    sum (as over-sharp, smaller steps); `renormalise` does it to both sides (student mass outside is free)."""
     top_p: float | None = Field(default=None, gt=0.0, lt=1.0)
     """topk of the teacher: of the k, only the fewest whose mass reaches this."""
     n: int | None = Field(default=None, ge=1)
@@ -119,10 +119,16 @@ def _refuse_topk(divergence: Divergence, support: Support) -> None:
         raise ValueError("preference compares two tokens, the two argmaxes; leave `support` at full")
     if divergence.kind == "pair" and support.rest != "partial":
         raise ValueError("pair compares logits of single tokens, a tail has none; use {topk: {k: K, rest: partial}}")
-    if support.measure and (divergence.kind == "tv" or divergence.kind == "symmetric"):
-        return
-    plain = divergence.kind in ("forward_kl", "reverse_kl", "pair", "rank")
-    if support.measure and not plain:
+    if divergence.kind == "pair" and support.top_p is not None:
+        raise ValueError("pair weighs the k tokens themselves and top_p would leave holes among them; give k alone")
+    if divergence.kind == "rank" and (support.of, support.rest, support.top_p) != ("teacher", "tail", None):
+        raise ValueError("rank reads only k of its support: the label and the teacher's k likeliest")
+    if support.measure and divergence.kind in ("reverse_kl", "symmetric"):
+        raise ValueError(
+            f"under rest: {support.rest} {divergence.kind} sums q log(q/p) over part of the vocabulary, which is least "
+            "where the student keeps 1/e of its mass there and not at the teacher; use `tail` or `renormalise`"
+        )
+    if support.measure and divergence.kind not in ("forward_kl", "tv", "pair"):
         raise ValueError(
             f"under rest: {support.rest} the two sides no longer sum to one, and {divergence.kind} needs "
             "distributions; use `tail` or `renormalise`"
