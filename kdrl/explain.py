@@ -38,10 +38,15 @@ def deviations(recipe: Recipe) -> list[str]:
         mine = here.get(key)
         if key == "source":
             value = SourceConfig.model_validate(value).model_dump(mode="json")
-        if isinstance(value, dict) and isinstance(mine, dict):
-            mine = {k: mine.get(k) for k in value}
-        lines += _differences(key, value, mine)
+        lines += _differences(key, value, _said(value, mine))
     return lines
+
+
+def _said(published: Any, mine: Any) -> Any:
+    """Of a section here, the keys that the method names; on the others it says nothing."""
+    if not (isinstance(published, dict) and isinstance(mine, dict)):
+        return mine
+    return {key: _said(value, mine.get(key)) for key, value in published.items()}
 
 
 def _differences(prefix: str, old: Any, new: Any) -> list[str]:
