@@ -157,6 +157,12 @@ def test_without_a_teacher_it_is_refused(world: Path):
         load_recipe(raw_recipe(world, None, objective=[LINEAR]))
 
 
+def test_a_prepared_teacher_is_refused(world: Path):
+    teacher = with_teacher(world)["teacher"] | {"prepare": "soft_prompt"}
+    with pytest.raises(UserError, match=r"teacher\.prepare=soft_prompt .* a feature term reads the inside"):
+        load_recipe(recipe(world, teacher=teacher))
+
+
 WRONG_SETTINGS = [
     ({"of": "hiden"}, "did you mean 'hidden'"),
     ({"of": {"relation": "attention"}}, "a relation is of vectors"),
