@@ -127,7 +127,7 @@ def _view(inputs: _Inputs, seed: int, draws: int) -> Tokens:
     at_N1 = at_N1.to(inputs.logq_NV.device)
     logq_N, logp_N = (x.detach().gather(-1, at_N1).squeeze(-1) for x in (inputs.logq_NV, inputs.logp_NV))
     index_N = torch.arange(count, device=logq_N.device)
-    uniform_NK = torch.rand(count, draws, generator=torch.Generator().manual_seed(seed)).to(logq_N.device)
+    uniform_NK = torch.rand(count, draws, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return Tokens(
         data={"index": index_N % max(1, length), "length": torch.full_like(index_N, length)},
         logq_C=logq_N,
@@ -136,7 +136,7 @@ def _view(inputs: _Inputs, seed: int, draws: int) -> Tokens:
         logp_CV=inputs.logp_NV,
         logq_CV=inputs.logq_NV.detach(),
         reference_CV=inputs.reference_NV,
-        uniform_CK=uniform_NK,
+        uniform_CK=uniform_NK.to(logq_N.device),
     )
 
 
