@@ -76,12 +76,12 @@ def _check_teacher(recipe: Recipe, objective: Objective) -> None:
             f"teacher.prepare={recipe.teacher.prepare.name} adapts what the teacher scores, but no term asks it; leave "
             "it out, or add a distill term."
         )
-    if recipe.teacher is not None and recipe.teacher.prepare is not None:
-        if any(t.needs.features for t in objective.terms):
-            raise UserError(
-                f"teacher.prepare={recipe.teacher.prepare.name} changes what the teacher answers, and a feature term "
-                "reads the inside of the teacher as it was loaded; leave one of them out."
-            )
+    watched = any(t.needs.features for t in objective.terms)
+    if watched and recipe.teacher is not None and recipe.teacher.prepare is not None:
+        raise UserError(
+            f"teacher.prepare={recipe.teacher.prepare.name} changes what the teacher answers, and a feature term reads "
+            "the inside of the teacher as it was loaded; leave one of them out."
+        )
 
 
 def _check_rollouts(recipe: Recipe, objective: Objective) -> None:
