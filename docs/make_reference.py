@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from kdrl.methods import all_methods, expanded
+from kdrl.methods import all_methods, axes, expanded
 from kdrl.objectives.masks import MASKS
 from kdrl.objectives.policy import NAMED_ADVANTAGES
 from kdrl.objectives.schedules import SCHEDULES
@@ -19,6 +19,15 @@ from kdrl.tasks.verifiers import VERIFIERS
 
 FOLDER = Path(__file__).parent
 MADE = "<!-- Made by docs/make_reference.py; edit the docstrings in kdrl/ and run it again. -->\n"
+
+AXES = """\
+## All methods by axis
+
+A dot is the default: same vocabulary, all entries, no transform, no weight, nothing that moves. `p||q` is KL(p||q),
+with two numbers the alpha-beta divergence; `M(a, s)` is the power mean of p (share s) and q, `r` an assistant, a dagger
+says that it is data; `-log q` is likelihood, `reward` a policy gradient; brackets hold a gate. A method with several
+terms has them joined by plus signs. `kdrl methods --axes` prints the same.
+"""
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -109,10 +118,13 @@ def methods() -> str:
     notation = (
         "`p` is the teacher, `q` the student, `q_old` the student that wrote the rollouts, `y_t` the sampled token,\n"
         "`s_t` what stands before it, `A` the advantage, `R_t = log p(y_t | s_t) - log q(y_t | s_t)`, `sg` without\n"
-        "gradient.\n"
+        "gradient, `z` logits, `H` the entropy, `e_y` all mass on `y`, `p_rest` p without `y` renormalised,\n"
+        "`J_b = b KL(p || m) + (1-b) KL(q || m)` with `m = b p + (1-b) q`, `D_ab` the divergence of `abkd`.\n"
         "`kdrl methods NAME` prints one of them.\n"
     )
-    parts = [MADE, "# Methods\n", notation]
+    head, *rows = axes.table()
+    links = ((f"[{row[0]}](#{row[0]})", *(code(cell) if cell != "·" else cell for cell in row[1:])) for row in rows)
+    parts = [MADE, "# Methods\n", notation, AXES, table(head, links)]
     for method in all_methods().values():
         parts += [
             f"## {method.name}\n",

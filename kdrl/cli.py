@@ -158,15 +158,29 @@ def evaluate_command(
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="Show this method.")] = None) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this method.")] = None,
+    axes: Annotated[
+        bool, typer.Option("--axes", help="Every method's place on the seven axes, as a wide table.")
+    ] = False,
+) -> None:
     """List the published methods, or show one: formula, recipe, citation, what is not known."""
     from kdrl.methods import all_methods, expanded, get_method
 
+    if axes:
+        from kdrl.methods.axes import axes_of, table
+
+        lines = table() if name is None else [table()[0], (name, *axes_of(name).cells())]
+        console.print("\n".join(" | ".join(line) for line in lines), markup=False)
+        return
     if name is None:
         width = max(map(len, all_methods()))
         for method in all_methods().values():
             console.print(f"{method.name:<{width}}  {method.title}", markup=False)
-        console.print("\n`kdrl methods NAME` shows formula, recipe, citation and what is not known.", markup=False)
+        console.print(
+            "\n`kdrl methods NAME` shows formula, recipe, citation and what is not known, --axes the table.",
+            markup=False,
+        )
         return
     method = get_method(name)
     parts = [f"{method.name}: {method.title}", f"citation: {method.citation}", f"formula:\n{_indent(method.formula)}"]
