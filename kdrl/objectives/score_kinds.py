@@ -185,7 +185,8 @@ def group_rate(tokens: Tokens) -> Tensor:
 @register_score("signed", reads="data")
 def signed(tokens: Tokens, right: float = 1.0, wrong: float = -1.0) -> Tensor:
     """`right` on right responses and `wrong` on wrong ones; a negative one pushes away (REDI, 2505.24850)."""
-    return torch.where(tokens.of("correct") > 0, right, wrong).to(tokens.logq_C.dtype)
+    number = tokens.logq_C.new_tensor
+    return torch.where(tokens.of("correct") > 0, number(right), number(wrong))
 
 
 @register_score("above", reads="data")
@@ -209,7 +210,8 @@ def one_minus(tokens: Tokens, of: Tensor) -> Tensor:
 @register_score("choose", reads="data")
 def choose(tokens: Tokens, where: Tensor, then: float, otherwise: float) -> Tensor:
     """`then` where the score is above one half (or true), else `otherwise`."""
-    return torch.where(torch.as_tensor(where) > 0.5, then, otherwise).to(tokens.logq_C.dtype)
+    number = tokens.logq_C.new_tensor
+    return torch.where(torch.as_tensor(where) > 0.5, number(then), number(otherwise))
 
 
 @register_score("affine", reads="data")

@@ -127,8 +127,8 @@ def test_scores_of_one_token(name: str):
         ("correct", CORRECT),
         ("group_rate", RATE),
         ("signed", np.where(CORRECT, 1, -1)),
-        ({"signed": {"right": 2, "wrong": 0.5}}, np.where(CORRECT, 2, 0.5)),
-        ({"choose": {"where": "correct", "then": 2, "otherwise": 5}}, np.where(CORRECT, 2, 5)),
+        ({"signed": {"right": 2, "wrong": 0.3}}, np.where(CORRECT, 2, 0.3)),
+        ({"choose": {"where": "correct", "then": 0.2, "otherwise": 0.7}}, np.where(CORRECT, 0.2, 0.7)),
     ],
     ids=str,
 )
