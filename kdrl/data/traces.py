@@ -57,7 +57,10 @@ def keep_traces(traces: Sequence[Trace], keep: Keep, most: int | None = None, di
     the best right trace and then the first such wrong one, or nothing. `distinct` drops repeated texts beforehand.
     """
     if distinct:
-        traces = list({t.text: t for t in reversed(traces)}.values())[::-1]
+        first: dict[str, Trace] = {}
+        for found in traces:
+            first.setdefault(found.text, found)
+        traces = list(first.values())
     right = [t for t in traces if t.correct]
     wrong = [t for t in traces if not t.correct]
     if keep == "all":
