@@ -55,14 +55,15 @@ def check_recipe(recipe: Recipe) -> None:
     objective = build_objective(recipe)
     _check_teacher(recipe, objective)
     check_self_teacher(recipe, self_terms(objective))
-    _check_rollouts(recipe, objective)
     check_source(recipe)
+    _check_rollouts(recipe, objective)
     check_scores(recipe, objective)
     rates = [recipe.optimizer.lr(step, recipe.steps) for step in (0, max(0, recipe.steps - 1))]
     if min(rates) < 0.0:
         raise UserError(f"optimizer.lr is {min(rates):g} at one end of the run, and would undo what it should learn.")
     for name, term in zip(objective.names, objective.terms, strict=True):
         _check_term(recipe, name, term)
+    _check_readers(recipe, objective)
 
 
 def _check_teacher(recipe: Recipe, objective: Objective) -> None:
@@ -96,6 +97,18 @@ def _check_rollouts(recipe: Recipe, objective: Objective) -> None:
     if rollout.dynamic_sampling and not any(isinstance(t, PolicyGradient) for t in objective.terms):
         raise UserError(
             "rollout.dynamic_sampling drops groups of equal rewards, but no policy_gradient term uses rewards."
+        )
+
+
+def _check_readers(recipe: Recipe, objective: Objective) -> None:
+    """Refuse a source that writes what no term reads, as `other: teacher` under terms that are on: [gold]."""
+    read = {origin for term in objective.terms for origin in term.config.on}
+    # The untouched gold text beside its corrupted copy is there for a likelihood term, which may be left out.
+    unread = set(recipe.source.origins) - read - ({"gold"} if recipe.source.kind == "corrupt" else set())
+    if unread:
+        raise UserError(
+            f"source {recipe.source.kind} writes {', '.join(sorted(unread))} responses, and no term of the objective "
+            "reads them: add a term, widen a term's `on`, or choose another source."
         )
 
 

@@ -42,7 +42,7 @@ BASE: dict[str, Any] = {"method": "kdrl", "student": {"model": "s"}, "teacher": 
         ({"steps": "many"}, "steps: Input should be a valid integer"),
         ({"rollout": {"group": 0}}, "rollout.group: Input should be greater than or equal to 1 (given: 0)"),
         ({"student": {}}, "student.model is missing"),
-        ({"source": "gould"}, "Input should be 'student', 'gold', 'teacher', 'mixture' or 'privileged'"),
+        ({"source": "gould"}, "source: no source is called 'gould'; did you mean 'gold'?"),
         ({"objective": [{"distil": {}}]}, "no objective term is called 'distil'; did you mean 'distill'?"),
         ({"objective": [{"distill": {"wieght": 1}}]}, "distill.wieght is no recipe key; did you mean 'weight'?"),
         (
