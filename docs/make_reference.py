@@ -16,6 +16,7 @@ from kdrl.objectives.terms import TERMS, TermConfig
 from kdrl.recipe import describe_fields
 from kdrl.tasks.solutions import WRITERS
 from kdrl.tasks.verifiers import VERIFIERS
+from kdrl.teachers.prepare import PREPARATIONS
 
 FOLDER = Path(__file__).parent
 MADE = "<!-- Made by docs/make_reference.py; edit the docstrings in kdrl/ and run it again. -->\n"
@@ -75,7 +76,7 @@ def recipe_keys() -> str:
     for home, found in sections.items():
         rest = found[1:]
         if home == "teacher":
-            rest = []
+            rest = [row for row in rest if row[0] == "teacher.prepare"]
             found[0] = (
                 *found[0][:2],
                 f"{found[0][2]} Its keys are those of `student`, without `lora` and what follows it.",
@@ -98,6 +99,15 @@ def names() -> list[str]:
     # The reasoning_gym verifier is given the task's own settings.
     own = {n: "" if n == "reasoning_gym" else settings(VERIFIERS.get(n), 2) for n in VERIFIERS}
     verifiers = ((code(n), text, summary(VERIFIERS.get(n))) for n, text in own.items())
+    preparations = [
+        part
+        for n in PREPARATIONS
+        for part in (
+            f"### {n}\n",
+            summary(PREPARATIONS.get(n)) + "\n",
+            keys(describe_fields(PREPARATIONS.get(n).Config)),
+        )
+    ]
     writers = ((code(n), summary(WRITERS.get(n))) for n in WRITERS)
     return [
         "## Schedules\n",
@@ -106,6 +116,9 @@ def names() -> list[str]:
         table(("name", "settings", "what it keeps"), masks),
         "## Advantages\n",
         table(("name", "baseline", "scale"), advantages),
+        "## Preparations of the teacher\n",
+        "Entries of `teacher.prepare`; overrides reach them as `teacher.prepare.NAME.KEY`.\n",
+        *preparations,
         "## Verifiers\n",
         table(("name", "settings", "right when"), verifiers),
         "## Worked solutions\n",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kdrl.run import train
     from kdrl.tasks import Problem, register_task
     from kdrl.tasks.verifiers import register_verifier
+    from kdrl.teachers.prepare import register_preparation
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ _HOME = {
     "train": "kdrl.run",
     "evaluate": "kdrl.evaluation",
     "divergence": "kdrl.objectives.api",
+    "register_preparation": "kdrl.teachers.prepare",
     "register_mask": "kdrl.objectives.masks",
     "register_schedule": "kdrl.objectives.schedules",
     "register_term": "kdrl.objectives.terms",
@@ -38,6 +40,7 @@ __all__ = [
     "evaluate",
     "load_recipe",
     "register_mask",
+    "register_preparation",
     "register_schedule",
     "register_task",
     "register_term",

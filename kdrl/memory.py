@@ -26,14 +26,14 @@ from kdrl.objectives.head import CHUNK_ELEMENTS
 _LIBRARIES = {"cpu": 360 << 20, "cuda": 800 << 20}
 # On the CPU, glibc's heap keeps about half as much again as the activations need. Measured on 1M and 20M parameters;
 # with MALLOC_MMAP_THRESHOLD_=65536 in the environment it keeps none, and the rest of the plan is within 6 %.
-_HEAP_SLACK = 0.5
+HEAP_SLACK = 0.5
 # Float32 arrays of one logits chunk alive at once: logits, log-probs, their gradients, the teacher's, one to work in.
 _CHUNK_ARRAYS = 6
 # The same for the logits of one sampling step: logits, probabilities, their running sum.
 _SAMPLING_ARRAYS = 3
 
-Phase = Literal["always", "rollout", "update", "optimizer step"]
-PHASES: tuple[Phase, ...] = ("rollout", "update", "optimizer step")
+Phase = Literal["always", "rollout", "prepare", "update", "optimizer step"]
+PHASES: tuple[Phase, ...] = ("rollout", "prepare", "update", "optimizer step")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class MemoryPlan:
     def of(self, phase: Phase) -> int:
         """Bytes in use during a phase, parts that are always there included."""
         return sum(item.bytes for item in self.items if item.phase in ("always", phase))
+
+    @property
+    def _phases(self) -> list[Phase]:
+        """Fitting a teacher to the student is a phase of few runs."""
+        return [phase for phase in PHASES if phase != "prepare" or any(item.phase == phase for item in self.items)]
 
     @property
     def peak_phase(self) -> Phase:
@@ -89,13 +94,13 @@ class MemoryPlan:
         for item in self.items:
             table.add_row(item.name, item.phase, _size(item.bytes), item.why)
         table.add_section()
-        for phase in PHASES:
+        for phase in self._phases:
             table.add_row(f"[bold]total, {phase}", "", f"[bold]{_size(self.of(phase))}", "")
         return table
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON."""
-        totals = {phase: self.of(phase) for phase in PHASES}
+        totals = {phase: self.of(phase) for phase in self._phases}
         return asdict(self) | {"totals": totals, "peak": self.peak, "fits": self.fits, "verdict": self.verdict}
 
 
@@ -238,15 +243,21 @@ def _update(r: _Request) -> Iterable[Item]:
     hidden = r.student.width + (r.teacher.width if r.teacher else 0)
     yield Item("hidden states", 2 * 4 * r.tokens * hidden, "update", f"{r.tokens:,} tokens x {hidden:,} x 2 x 4 B")
     chunk = max(CHUNK_ELEMENTS, 16 * r.student.vocabulary)
-    arrays = _CHUNK_ARRAYS * 4 * min(chunk, r.tokens * r.student.vocabulary)
+    arrays = chunk_bytes(r.tokens, r.student.vocabulary)
     wide = 4 * r.student.vocabulary * r.student.width if r.dtype_bytes < 4 else 0
     yield Item("logits chunk", arrays + wide, "update", f"{_CHUNK_ARRAYS} arrays of at most {chunk:,} x 4 B")
     if r.teacher:
         forward = r.tokens * r.teacher_bytes * (3 * r.teacher.mlp_width + 4 * r.teacher.width)
         yield Item("teacher forward", forward, "update", "one layer's activations, none kept")
     if r.device.type == "cpu":
-        slack = int(_HEAP_SLACK * (r.tokens * size + working))
+        slack = int(HEAP_SLACK * (r.tokens * size + working))
         yield Item("heap slack", slack, "update", "freed blocks that the C library keeps, half of the activations")
+
+
+def chunk_bytes(tokens: int, vocabulary: int) -> int:
+    """Bytes of the arrays of one chunk of the head."""
+    chunk = max(CHUNK_ELEMENTS, 16 * vocabulary)
+    return _CHUNK_ARRAYS * 4 * min(chunk, tokens * vocabulary)
 
 
 def _optimizer_step(r: _Request) -> Iterable[Item]:
@@ -271,6 +282,8 @@ def _advice(made: MemoryPlan, r: _Request) -> Iterable[str]:
         if fit < r.max_length:
             yield "shorten the responses"
             yield from _smaller_weights(r)
+    if made.of("prepare") > room:
+        yield "lower the token budget of a micro-batch, which the teacher is fitted in, or leave teacher.prepare out"
     if made.of("rollout") > room:
         fit = bisect_left(range(r.rows), True, key=lambda n: _need(replace(r, rows=n + 1), "rollout") > room)
         yield f"write at most {fit:,} responses at once" if fit else "shorten the responses"

@@ -15,6 +15,7 @@ from kdrl.models.loading import quiet
 from kdrl.models.scratch import character_tokenizer, new_model_config
 from kdrl.models.sources import explain, find_origin
 from kdrl.recipe import Recipe
+from kdrl.teachers.plan import teacher_items
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -51,11 +52,13 @@ def memory_plan(recipe: Recipe) -> MemoryPlan:
     rows = min(recipe.rollout.rows, recipe.rollout.prompts * recipe.rollout.group) if writes else 0
     shape = ModelShape.from_config(student_config)
     teacher_shape = None if teacher is None else ModelShape.from_config(config_of(teacher))
+    trainable = shape.parameters if lora is None else adapter_parameters(student_config, lora)
+    device = resolve_device(recipe.device)
     tokens = max(recipe.optimizer.micro_batch_tokens, _longest(recipe))
     return plan(
         shape,
         teacher_shape,
-        trainable_parameters=None if lora is None else adapter_parameters(student_config, lora),
+        trainable_parameters=None if lora is None else trainable,
         micro_batch_tokens=recipe.optimizer.micro_batch_tokens,
         max_length=_longest(recipe),
         rollout_rows=rows,
@@ -65,6 +68,7 @@ def memory_plan(recipe: Recipe) -> MemoryPlan:
         lora=lora is not None,
         reference=lora is None and any(t.needs.reference for t in objective.terms),
         checkpointing=recipe.student.gradient_checkpointing,
-        device=resolve_device(recipe.device),
-        more=feature_items(objective, shape, teacher_shape, tokens, _longest(recipe)),
+        device=device,
+        more=feature_items(objective, shape, teacher_shape, tokens, _longest(recipe))
+        + teacher_items(recipe, objective, shape, teacher_shape, trainable, tokens, _longest(recipe), device),
     )

@@ -10,6 +10,7 @@ from kdrl.engines.base import Engine
 from kdrl.models import LoadedModel, encode_prompt
 from kdrl.sources.base import Request, Source
 from kdrl.tasks import Problem
+from kdrl.tasks.base import Prompt, rewritten
 
 
 def decoded(student: LoadedModel, token_ids: Sequence[int]) -> str:
@@ -44,16 +45,11 @@ class StudentSource(Source):
         ]
 
 
-def privileged_prompt(problem: Problem, template: str) -> Any:
+def privileged_prompt(problem: Problem, template: str) -> Prompt:
     """The problem's prompt rewritten by `template`; in a chat it replaces the last message."""
 
-    def fill(plain: Any) -> str:
-        return template.format(prompt=plain, answer=problem.answer, solution=problem.solution or problem.answer)
-
-    if isinstance(problem.prompt, str):
-        return fill(problem.prompt)
-    *before, last = problem.prompt
-    return [*before, {**last, "content": fill(last["content"])}]
+    shown = {"answer": problem.answer, "solution": problem.solution or problem.answer}
+    return rewritten(problem.prompt, lambda text: template.format(prompt=text, **shown))
 
 
 class PrivilegedSource(Source):

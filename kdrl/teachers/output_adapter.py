@@ -39,6 +39,7 @@ class OutputAdapter(Preparation[OutputAdapterConfig]):
     """A low-rank residual before the head, fitted by (H(p') - H(q))^2 + c KL(p' || p), p' the adapted teacher."""
 
     Config = OutputAdapterConfig
+    through_teacher = False
 
     def __init__(self, config: OutputAdapterConfig, teacher: LoadedModel, seed: int) -> None:
         super().__init__(config, teacher, seed)

@@ -52,6 +52,8 @@ class Preparation(Generic[ConfigT]):
     """Something learned around a frozen teacher; subclasses give `parameters`, `hidden` and `loss`."""
 
     Config: ClassVar[type[PreparationConfig]] = PreparationConfig
+    through_teacher: ClassVar[bool] = True
+    """Whether the gradient passes through the teacher's layers, which then keep their activations (memory plan)."""
 
     def __init__(self, config: ConfigT, teacher: LoadedModel, seed: int) -> None:
         self.config, self.teacher, self.seed = config, teacher, seed
