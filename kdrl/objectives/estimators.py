@@ -29,7 +29,7 @@ def token_loss(support: Support, logq: Tensor, logp: Tensor, clamp: float | None
 
     `rho` is the importance ratio pi_theta/pi_old of stale samples; its detached value multiplies the loss.
     """
-    logp = finite(logp.detach())
+    logp, logq = finite(logp.detach()), finite(logq)
     ratio = logp - logq.detach()
     bounded = _clamp(ratio, clamp)
     if support.place == "advantage":
