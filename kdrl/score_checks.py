@@ -12,7 +12,7 @@ from kdrl.objectives.schedules import Memory, Moment
 from kdrl.objectives.scores import Score
 from kdrl.recipe import Recipe
 
-OF_REWARD = {"reward", "correct", "group_rate", "signed"}
+OF_REWARD = {"reward", "correct", "group_rate", "signed", "dads", "stcr"}
 
 
 def names_in(score: Score) -> set[str]:

@@ -99,19 +99,24 @@ class Objective:
 
 
 def token_data(rollouts: Rollouts) -> dict[str, Tensor]:
-    """Columns that scores may read, `[N]` each: place in the response, its length, reward, verdict, group's rate."""
+    """Columns that scores may read, `[N]` each: place in the response, its length, reward, verdict, group's rate.
+
+    `right_length` is the mean length of the group's right responses, 0 where it has none.
+    """
     row_N, length_B = rollouts.row_N, torch.bincount(rollouts.row_N, minlength=rollouts.rows)
     start_B = length_B.cumsum(0) - length_B
     _, group_B = rollouts.group_B.unique(return_inverse=True)
     right_B = rollouts.correct_B.float()
     count_G = torch.bincount(group_B)
-    rate_B = (torch.zeros_like(count_G, dtype=right_B.dtype).index_add(0, group_B, right_B) / count_G)[group_B]
+    right_G = torch.zeros_like(count_G, dtype=right_B.dtype).index_add(0, group_B, right_B)
+    long_G = torch.zeros_like(right_G).index_add(0, group_B, right_B * length_B)
     return {
         "index": torch.arange(rollouts.tokens, device=row_N.device) - start_B[row_N],
         "length": length_B[row_N],
         "reward": rollouts.reward_B[row_N],
         "correct": rollouts.correct_B[row_N],
-        "group_rate": rate_B[row_N],
+        "group_rate": (right_G / count_G)[group_B][row_N],
+        "right_length": (long_G / right_G.clamp(min=1.0))[group_B][row_N],
     }
 
 

@@ -152,6 +152,17 @@ def log_ratio(tokens: Tokens) -> Tensor:
     return finite(tokens.logp_C.detach()) - finite(tokens.logq_C.detach())
 
 
+@register_score("density_ratio", reads="teacher")
+def density_ratio(tokens: Tokens, power: float = 1.0, mix: float = 0.0) -> Tensor:
+    """(r / (1 - mix + mix r))^power with r = p(y)/q(y): f-distill's h = f''(r) r^2 up to a constant (2502.15681).
+
+    1 and 0 give forward KL's r, mix 0.5 Jensen-Shannon's 2r/(1+r), power 0.5 Hellinger's, mix 1 reverse KL's 1;
+    log r is held within 30.
+    """
+    log_r_C = log_ratio(tokens).clamp(-30.0, 30.0)
+    return (power * (log_r_C - torch.log1p(mix * log_r_C.expm1()))).exp()
+
+
 @register_score("position", reads="data")
 def position(tokens: Tokens) -> Tensor:
     """Place of the token in its response, from 0 at the first to 1 after the last."""
@@ -180,6 +191,23 @@ def correct(tokens: Tokens) -> Tensor:
 def group_rate(tokens: Tokens) -> Tensor:
     """Share of right responses in the group."""
     return tokens.of("group_rate")
+
+
+@register_score("dads", reads="data")
+def dads(tokens: Tokens) -> Tensor:
+    """1 - exp(-e x group_rate) on right responses of groups not all right, else 1 (APO's KL weight, 2506.21655)."""
+    rate_C = tokens.of("group_rate")
+    shaped = (tokens.of("correct") > 0) & (rate_C < 1.0)
+    return torch.where(shaped, 1.0 - torch.exp(-math.e * rate_C), 1.0)
+
+
+@register_score("stcr", reads="data")
+def stcr(tokens: Tokens, base: float = 1.00001) -> Tensor:
+    """2 - base^-d on wrong responses d tokens longer than their group's mean right one, else 1 (APO, 2506.21655)."""
+    right_C = tokens.of("right_length")
+    longer_C = (tokens.of("length") - right_C).clamp(min=0.0)
+    shaped = (tokens.of("correct") <= 0) & (right_C > 0)
+    return torch.where(shaped, 2.0 - torch.exp(-math.log(base) * longer_C), 1.0)
 
 
 @register_score("signed", reads="data")

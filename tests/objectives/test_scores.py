@@ -30,10 +30,12 @@ LENGTH = np.bincount(ROW)[ROW]
 CORRECT = np.array([True, False, True])[ROW]
 REWARD = np.array([1.0, 0.0, 0.7])[ROW]
 RATE = np.array([0.5, 0.5, 0.25])[ROW]
+RIGHT = np.array([4.0, 3.5, 2.0])[ROW]
 
 
 def step_of(**more: Any) -> Tokens:
     data = {"index": INDEX, "length": LENGTH, "reward": REWARD, "correct": CORRECT, "group_rate": RATE}
+    data |= {"right_length": RIGHT}
     return tokens_of(
         as_tensor(np.log(P)), as_tensor(np.log(Q)), Y, data={k: torch.tensor(v) for k, v in data.items()}, **more
     )
@@ -90,6 +92,9 @@ SINGLE: dict[str, tuple[Any, Any]] = {
     "ce_p": ("ce_p", lambda p, q, y: -np.log(p[y])),
     "ce_q": ("ce_q", lambda p, q, y: -np.log(q[y])),
     "log_ratio": ("log_ratio", lambda p, q, y: np.log(p[y] / q[y])),
+    "density_ratio": ("density_ratio", lambda p, q, y: p[y] / q[y]),
+    "density_ratio hellinger": ({"density_ratio": {"power": 0.5}}, lambda p, q, y: math.sqrt(p[y] / q[y])),
+    "density_ratio jensen": ({"density_ratio": {"mix": 0.5}}, lambda p, q, y: 2 * p[y] / (p[y] + q[y])),
     "above": ({"above": {"of": "max_p", "value": 0.6}}, lambda p, q, y: float(p.max() > 0.6)),
     "below": ({"below": {"of": "entropy_gap", "value": 0}}, lambda p, q, y: float(entropy(p) < entropy(q))),
     "one_minus": ({"one_minus": "label_p"}, lambda p, q, y: 1 - p[y]),
@@ -126,6 +131,9 @@ def test_scores_of_one_token(name: str):
         ("reward", REWARD),
         ("correct", CORRECT),
         ("group_rate", RATE),
+        ("dads", np.where(CORRECT, 1 - np.exp(-math.e * RATE), 1)),
+        ("stcr", np.where(CORRECT, 1, 2 - 1.00001 ** -(LENGTH - RIGHT))),
+        ({"stcr": {"base": 2}}, np.where(CORRECT, 1, 2 - 0.5 ** (LENGTH - RIGHT))),
         ("signed", np.where(CORRECT, 1, -1)),
         ({"signed": {"right": 2, "wrong": 0.3}}, np.where(CORRECT, 2, 0.3)),
         ({"choose": {"where": "correct", "then": 0.2, "otherwise": 0.7}}, np.where(CORRECT, 0.2, 0.7)),
@@ -227,6 +235,8 @@ def test_every_built_in_score_is_told_above():
         "reward",
         "correct",
         "group_rate",
+        "dads",
+        "stcr",
         "signed",
         "sigmoid_log_ratio",
         "sigmoid_log_ratio_q",
