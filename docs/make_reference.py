@@ -14,6 +14,8 @@ from kdrl.objectives.policy import NAMED_ADVANTAGES
 from kdrl.objectives.schedules import SCHEDULES
 from kdrl.objectives.terms import TERMS, TermConfig
 from kdrl.recipe import describe_fields
+from kdrl.sources import SOURCES
+from kdrl.sources.scores import RESPONSE_SCORES
 from kdrl.tasks.solutions import WRITERS
 from kdrl.tasks.verifiers import VERIFIERS
 from kdrl.teachers.prepare import PREPARATIONS
@@ -82,6 +84,12 @@ def recipe_keys() -> str:
                 f"{found[0][2]} Its keys are those of `student`, without `lora` and what follows it.",
             )
         parts += [f"## {home}\n", found[0][2] + "\n", *([keys(rest)] if rest else [])]
+    parts += ["## Sources\n", "Values of `source`; overrides reach them as `source.NAME.KEY`.\n"]
+    for name in SOURCES:
+        own = describe_fields(SOURCES.get(name))
+        parts += [f"### {name}\n", summary(SOURCES.get(name)) + "\n", *([keys(own)] if own else [])]
+    scores = ((code(n), summary(RESPONSE_SCORES.get(n))) for n in RESPONSE_SCORES)
+    parts += ["### Scores of responses\n", "What a filter can name.\n", table(("name", "value"), scores)]
     parts += ["## Objective terms\n", "Entries of `objective`; overrides reach them as `objective.NAME.KEY`.\n"]
     shared = describe_fields(TermConfig)
     parts += ["### every term\n", keys(shared)]

@@ -34,10 +34,11 @@ class _TrainCommand(TyperCommand):
     """`kdrl train --help` goes on with every recipe key, its default and its documentation."""
 
     def get_help(self, ctx: Any) -> str:
-        from kdrl.recipe import describe_fields, describe_preparations, describe_terms
+        from kdrl.recipe import describe_fields, describe_preparations, describe_sources, describe_terms
 
         lines = [super().get_help(ctx), "", "Recipe keys (in the YAML file, or as key=value):"]
-        for name, default, text in describe_fields() + describe_terms() + describe_preparations():
+        rows = describe_fields() + describe_sources() + describe_terms() + describe_preparations()
+        for name, default, text in rows:
             lines.append(f"  {name}" + (f" [{default}]" if default else ""))
             lines.append(f"      {text}")
         return "\n".join(lines)

@@ -8,7 +8,7 @@ from kdrl.build import resolve_device
 from kdrl.checks import build_objective
 from kdrl.errors import UserError
 from kdrl.features.plan import feature_items
-from kdrl.memory import MemoryPlan, plan
+from kdrl.memory import Item, MemoryPlan, plan
 from kdrl.model_shape import ModelShape, adapter_parameters
 from kdrl.models.config import NewModel, NewTokenizer, TeacherModelConfig
 from kdrl.models.loading import quiet
@@ -42,13 +42,23 @@ def _longest(recipe: Recipe) -> int:
     return prompt + recipe.rollout.max_new_tokens
 
 
+def _teacher_cache(recipe: Recipe, teacher: ModelShape | None, rows: int) -> tuple[Item, ...]:
+    """The teacher's own key-value cache where it writes along with the student."""
+    if teacher is None or recipe.teacher is None or not recipe.source.settings.joint:
+        return ()
+    width = _BYTES[recipe.teacher.dtype] if recipe.teacher.autocast is None else 2
+    size = rows * _longest(recipe) * teacher.kv_width * 2 * width * teacher.layers
+    why = f"{rows} rows x {_longest(recipe)} tokens x {teacher.layers} layers, as the student's"
+    return (Item("teacher KV cache", size, "rollout", why),)
+
+
 def memory_plan(recipe: Recipe) -> MemoryPlan:
     """Plan a recipe's memory; raises UserError when a model's configuration cannot be read."""
     student_config = config_of(recipe.student)
     teacher: TeacherModelConfig | None = recipe.teacher
     lora = recipe.student.lora
     objective = build_objective(recipe)
-    writes = recipe.source.kind != "gold"
+    writes = recipe.source.settings.generates
     rows = min(recipe.rollout.rows, recipe.rollout.prompts * recipe.rollout.group) if writes else 0
     shape = ModelShape.from_config(student_config)
     teacher_shape = None if teacher is None else ModelShape.from_config(config_of(teacher))
@@ -69,6 +79,7 @@ def memory_plan(recipe: Recipe) -> MemoryPlan:
         reference=lora is None and any(t.needs.reference for t in objective.terms),
         checkpointing=recipe.student.gradient_checkpointing,
         device=device,
-        more=feature_items(objective, shape, teacher_shape, tokens, _longest(recipe))
+        more=_teacher_cache(recipe, teacher_shape, rows)
+        + feature_items(objective, shape, teacher_shape, tokens, _longest(recipe))
         + teacher_items(recipe, objective, shape, teacher_shape, trainable, tokens, _longest(recipe), device),
     )

@@ -18,11 +18,12 @@ from kdrl.evaluation import EvaluateConfig
 from kdrl.methods import get_method
 from kdrl.models.config import ModelConfig
 from kdrl.objectives.schedules import Schedule
+from kdrl.objectives.scores import Score
 from kdrl.objectives.terms import TERMS, ScheduleField, TermConfig
 from kdrl.overrides import assign, parse_override
 from kdrl.plugins import load_plugins
 from kdrl.problems import explain_validation
-from kdrl.sources.config import SourceConfig
+from kdrl.sources import SOURCES, SourceConfig
 from kdrl.tasks.config import TaskConfig
 from kdrl.teachers.config import SelfTeacherConfig, TeacherConfig
 from kdrl.teachers.prepare import PREPARATIONS
@@ -138,7 +139,9 @@ class Recipe(Config):
     objective: tuple[EntryField, ...] = ()
     """Terms that are minimised together; replaces the list that `method` stands for."""
     source: SourceConfig = SourceConfig()
-    """Who writes the responses: student, gold, teacher, {mixture: share}, {privileged: {template: ...}}."""
+    """Who writes the responses: student, gold, teacher, or a kind with its settings, such as {mixture: 0.5},
+    {buffer: {share: {on_rise: {}}}}, {speculative: 25}, {mixed: 0.2}, {corrupt: 0.3}, {pair: teacher}, {guided: 1},
+    {traces: FILE}, {filtered: right}, {privileged: {template: ...}}."""
     steps: int = Field(default=100, ge=0)
     """Training steps, each with its own rollouts."""
     seed: int = 0
@@ -268,6 +271,11 @@ def describe_terms() -> list[tuple[str, str, str]]:
     return [row for name in TERMS for row in describe_fields(TERMS.get(name).Config, f"objective.{name}.")]
 
 
+def describe_sources() -> list[tuple[str, str, str]]:
+    """The settings of every kind of source, below its own name."""
+    return [row for name in SOURCES for row in describe_fields(SOURCES.get(name), f"source.{name}.")]
+
+
 def describe_preparations() -> list[tuple[str, str, str]]:
     """The settings of everything that `teacher.prepare` can name."""
     return [r for n in PREPARATIONS for r in describe_fields(PREPARATIONS.get(n).Config, f"teacher.prepare.{n}.")]
@@ -288,7 +296,7 @@ def _default(field: Any) -> str:
     if isinstance(value, Config):
         dumped = value.model_dump(mode="json")
         return str(dumped) if isinstance(dumped, str | int | float) else ""
-    value = value.spec if isinstance(value, Schedule) else value
+    value = value.spec if isinstance(value, Schedule | Score) else value
     # As a recipe would say it: null, true, [].
     dumped = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
     return dumped.strip().removesuffix("...").strip()

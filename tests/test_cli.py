@@ -13,7 +13,14 @@ import pytest
 from tiny import raw_recipe, rows_of, with_teacher
 
 from kdrl.cli import main
-from kdrl.recipe import describe_fields, describe_preparations, describe_terms, load_recipe, plain
+from kdrl.recipe import (
+    describe_fields,
+    describe_preparations,
+    describe_sources,
+    describe_terms,
+    load_recipe,
+    plain,
+)
 from kdrl.yamls import load_yaml
 
 Kdrl = Callable[..., tuple[int, str, str]]
@@ -204,6 +211,6 @@ def test_help_goes_on_with_every_recipe_key(kdrl: Kdrl):
     for option in ("--output", "--resume", "--dry-run"):
         assert option in said
     lines = [line.strip() for line in said.splitlines()]
-    for name, _, text in describe_fields() + describe_terms() + describe_preparations():
+    for name, _, text in describe_fields() + describe_sources() + describe_terms() + describe_preparations():
         place = next(i for i, line in enumerate(lines) if line.split(" ")[0] == name)
         assert lines[place + 1] == text

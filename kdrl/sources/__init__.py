@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from kdrl.sources import kinds
 from kdrl.sources.config import SOURCES, SourceConfig, SourceSettings
-from kdrl.sources.kinds import Keep
+from kdrl.sources.keep import Keep
 
-__all__ = ["SOURCES", "Keep", "SourceConfig", "SourceSettings"]
+__all__ = ["SOURCES", "Keep", "SourceConfig", "SourceSettings", "kinds"]

@@ -18,6 +18,7 @@ from kdrl.sources.corrupt import CorruptSource
 from kdrl.sources.filtered import FilteredSource
 from kdrl.sources.groups import TogetherSource
 from kdrl.sources.joint import MixedSource, SpeculativeSource
+from kdrl.sources.keep import Filtered
 from kdrl.sources.mixture import MixtureSource
 from kdrl.sources.student import PrivilegedSource, StudentSource
 from kdrl.sources.text import GoldSource, TeacherSource
@@ -59,7 +60,7 @@ class Writers:
 
     def problems(self, config: SourceConfig) -> ProblemStream:
         """Where a recipe's problems come from: the task, or the file of traces."""
-        settings = config.settings.source.settings if isinstance(config.settings, kinds.Filtered) else config.settings
+        settings = config.settings.source.settings if isinstance(config.settings, Filtered) else config.settings
         if isinstance(settings, kinds.Traces):
             return self.book(settings.path).stream(settings.take, self.seed)
         return self.stream
@@ -144,7 +145,7 @@ def _guided(to: Writers, s: kinds.Guided) -> Source:
     return TogetherSource(to.student_source(to.group - s.teacher), traces)
 
 
-def _filtered(to: Writers, s: kinds.Filtered) -> Source:
+def _filtered(to: Writers, s: Filtered) -> Source:
     return FilteredSource(
         to.source(s.source),
         s.keep,
@@ -171,5 +172,5 @@ _BUILD: dict[type[SourceSettings], Callable[[Writers, Any], Source]] = {
     kinds.Pair: lambda to, s: TogetherSource(to.fixed(s.chosen), to.student_source()),
     kinds.Guided: _guided,
     kinds.Traces: lambda to, s: TraceSource(to.book(s.path), to.student, to.limit, s.take),
-    kinds.Filtered: _filtered,
+    Filtered: _filtered,
 }

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from kdrl.errors import UserError
 from kdrl.objectives.schedules import Schedule
-from kdrl.sources.kinds import Filtered, Guided
+from kdrl.sources.keep import Filtered
+from kdrl.sources.kinds import Guided
 
 if TYPE_CHECKING:
     from kdrl.recipe import Recipe

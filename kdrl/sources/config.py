@@ -38,6 +38,11 @@ class SourceSettings(Config):
         return False
 
     @property
+    def generates(self) -> bool:
+        """Whether a model writes anything."""
+        return True
+
+    @property
     def judges(self) -> bool:
         """Whether writing looks at verdicts."""
         return False

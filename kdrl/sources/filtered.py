@@ -9,7 +9,7 @@ from typing import Any
 from kdrl.batch import Response
 from kdrl.models import LoadedModel
 from kdrl.sources.base import Judge, Request, Source, by_group
-from kdrl.sources.kinds import Keep
+from kdrl.sources.keep import Keep
 from kdrl.sources.scores import RESPONSE_SCORES, Scoring
 
 

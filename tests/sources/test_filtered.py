@@ -14,7 +14,7 @@ from kdrl.batch import Response
 from kdrl.models import LoadedModel
 from kdrl.sources.config import SourceConfig
 from kdrl.sources.filtered import FilteredSource, keep
-from kdrl.sources.kinds import Filtered, Keep
+from kdrl.sources.keep import Filtered, Keep
 from kdrl.sources.scores import RESPONSE_SCORES, Scoring
 
 from .scripted import Script, judge, request
