@@ -137,11 +137,18 @@ class _Chooser:
             )
         return section
 
-    def _scores(self, role: str, indices: Sequence[int] | None = None) -> TextScores:
+    def _both(self, indices: Sequence[int]) -> tuple[TextScores, TextScores]:
+        """Scores of teacher and reference; what the second cannot write is found out before the first one's work."""
+        tokenizer = load_tokenizer(self._section("reference"))
+        for i in indices:
+            response_ids(tokenizer, self.rows[i])
+        return self._scores("teacher", indices), self._scores("reference", indices)
+
+    def _scores(self, role: str, indices: Sequence[int]) -> TextScores:
         section = self._section(role)
         device = resolve_device(self.inputs.device)
         loaded = load_model(section, device, trainable=False, seed=self.inputs.seed)
-        rows = self.rows if indices is None else [self.rows[i] for i in indices]
+        rows = [self.rows[i] for i in indices]
         found = score_rows(loaded, rows, progress=lambda done, total: self.progress(role, done, total))
         if found.unscored:
             self.notes.append(f"the {role} cannot score {found.unscored} rows: empty, or longer than its context")
@@ -175,7 +182,7 @@ class _Chooser:
 
     def _difference(self) -> Choice:
         """MiniPLM (2410.17215): reference loss minus teacher loss, both per token of the teacher's tokenizer."""
-        teacher, reference = self._scores("teacher"), self._scores("reference")
+        teacher, reference = self._both(range(len(self.rows)))
         score: Scores = []
         for nats_t, nats_r, tokens in zip(teacher.nats, reference.nats, teacher.tokens, strict=True):
             score.append(None if nats_t is None or nats_r is None else (nats_r - nats_t) / tokens)
@@ -183,7 +190,7 @@ class _Chooser:
         return self._by_score(score, "reference loss - teacher loss, nats per teacher token", columns, largest=True)
 
     def _perplexity(self) -> Choice:
-        found = self._scores(self.config.of)
+        found = self._scores(self.config.of, range(len(self.rows)))
         score = [None if x is None else _exp(x / n) for x, n in zip(found.nats, found.tokens, strict=True)]
         columns = {f"perplexity_{self.config.of}": score}
         return self._by_score(score, f"perplexity of the {self.config.of}, per token", columns, largest=False)
@@ -254,7 +261,7 @@ class _Chooser:
         config = self.config
         members = self._domains()
         probed = [i for name, all_of in members.items() for i in self._probe(name, all_of)]
-        teacher, reference = self._scores("teacher", probed), self._scores("reference", probed)
+        teacher, reference = self._both(probed)
         sums = {name: [0.0, 0.0, 0] for name in members}
         for i, nats_t, nats_r, n in zip(probed, teacher.nats, reference.nats, teacher.tokens, strict=True):
             if nats_t is not None and nats_r is not None:

@@ -290,6 +290,16 @@ def test_data_and_outputs_that_cannot_work_are_sentences(world: Path, tmp_path: 
         select(open_inputs(generated), SelectConfig(by="diversity", keep=2), tmp_path / "out.jsonl")
 
 
+def test_what_the_reference_cannot_read_is_said_before_the_teacher_works(models: dict[str, str], tmp_path: Path):
+    seen: list[str] = []
+    config = checked_options(SelectConfig, {"by": "difference", "keep": 0.5})
+    data = write(tmp_path / "in.jsonl", [{"prompt": "1", "answer": "1", "solution": "Ä"}])
+    with pytest.raises(UserError, match=r"in\.jsonl:1: the tokenizer cannot write 'Ä'"):
+        select(open_inputs(data), config, tmp_path / "o.jsonl", **models, progress=lambda what, *_: seen.append(what))
+    assert not seen
+    assert not (tmp_path / "o.jsonl").exists()
+
+
 def test_shares_and_numbers():
     assert [parse_keep(text) for text in ("0.5", "1000", "1", "1.0", None)] == [0.5, 1000, 1, 1.0, None]
     assert [kept_count(keep, 49) for keep in (0.5, 0.001, 1, 1.0)] == [24, 1, 1, 49]
