@@ -21,6 +21,7 @@ from kdrl.objectives.schedules import Memory
 from kdrl.pairing import check_contexts, check_lengths, check_pairing
 from kdrl.recipe import Recipe
 from kdrl.rollouts import Collector
+from kdrl.score_checks import warnings_of
 from kdrl.sources.base import Judge
 from kdrl.sources.build import Writers
 from kdrl.tasks import Problem, Task, VerifierPool, build_task
@@ -51,6 +52,7 @@ class Builder:
         self.device = resolve_device(recipe.device)
         self.notes: list[str] = []
         self.objective = build_objective(recipe)
+        self.notes += warnings_of(self.objective)
         self.student = load_model(recipe.student, self.device, trainable=True, seed=recipe.seed)
         self.teacher = self._load_teacher()
         self.task = self._task()

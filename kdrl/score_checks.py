@@ -27,6 +27,23 @@ def reads_rewards(term: Term) -> bool:
     return any(names_in(score) & OF_REWARD for score in scores)
 
 
+def warnings_of(objective: Objective) -> list[str]:
+    """What is allowed and yet seldom meant, a sentence each."""
+    free = [
+        name
+        for name, term in zip(objective.names, objective.terms, strict=True)
+        if isinstance(term, Distill)
+        and term.config.support.kind == "topk"
+        and term.config.support.rest == "renormalise"
+    ]
+    if len(free) == 1 and sum(t.family == "kd" for t in objective.terms) == 1:
+        return [
+            f"objective.{free[0]}.support renormalises both sides inside the top-k, and no other term holds the "
+            "student's mass outside it, which may grow freely; rest: tail does hold it"
+        ]
+    return []
+
+
 def check_scores(recipe: Recipe, objective: Objective) -> None:
     """Raise UserError for the first score or schedule that this recipe cannot serve."""
     for name, term in zip(objective.names, objective.terms, strict=True):
@@ -64,6 +81,17 @@ def _check_scalars(where: str, term: Distill, recipe: Recipe) -> None:
                 raise UserError(f"{where}, at step {step + 1}: {error}") from None
 
 
+def _check_calibrated(path: str, adaptive: Calibrated) -> None:
+    try:
+        score = Score(adaptive.of)
+    except ValueError as error:
+        raise UserError(f"{path}.calibrated.of: {error}") from None
+    if score.reads & {"batch", "entries"}:
+        raise UserError(
+            f"{path}.calibrated.of is averaged over tokens, so {adaptive.of!r} cannot be; name a token score."
+        )
+
+
 def _check_metric(recipe: Recipe, objective: Objective, path: str, adaptive: Adaptive) -> None:
     metric = adaptive.metric
     if isinstance(adaptive, Calibrated):
@@ -72,6 +100,7 @@ def _check_metric(recipe: Recipe, objective: Objective, path: str, adaptive: Ada
             raise UserError(
                 f"{path} is measured on distributions, so it needs a distill term with full or topk support."
             )
+        _check_calibrated(path, adaptive)
         return
     if metric.startswith("eval/") and not recipe.evaluate.every:
         raise UserError(f"{path} follows {metric}, which is never measured; set evaluate.every.")
