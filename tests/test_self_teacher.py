@@ -389,6 +389,23 @@ def test_a_run_with_the_verifiers_feedback(world: Path, tmp_path: Path):
         assert row["without_context"] == none / 12
 
 
+def test_a_response_without_a_prompt_is_never_scored_and_a_step_without_any_moves_nothing(world: Path, tmp_path: Path):
+    rollouts = Rollouts.of(step_of_two_groups())
+    with pytest.raises(ValueError, match="no prompt for"):
+        own(toy(1), kind="initial").score(rollouts, rollouts.trained_N, "token", 1.0)
+    raw = raw_recipe(
+        world,
+        None,
+        objective=[{"distill": OWN}],
+        self_teacher={"context": "{prompt}{sibling}"},
+        task={"verifier": {"name": f"{world / 'judge.py'}:never"}},
+    )
+    run(raw, tmp_path / "run")
+    for row in rows_of(tmp_path / "run"):
+        assert row["without_context"] == 1.0
+        assert row["loss"] == row["grad_norm"] == row["teacher_calls"] == 0
+
+
 def test_dynamic_sampling_asks_for_contexts_too(world: Path, tmp_path: Path):
     raw = raw_recipe(
         world,

@@ -223,8 +223,10 @@ def score(
     active = objective_of(entries).activate(rollouts, Moment(step, 100), entropy_N)
     evidence = {}
     for name in {a.teacher for a in active if a.teacher}:
-        asked = LocalTeacher(teacher, 4096) if name == "teacher" and teacher else SelfTeacher(student, 4096)
-        evidence[name] = asked.score(rollouts, rollouts.trained_N, "distribution", temperature)
+        own = SelfTeacher(student, 4096)
+        asked = LocalTeacher(teacher, 4096) if name == "teacher" and teacher else own
+        keep_N = rollouts.trained_N & own.reach_N(rollouts) if asked is own else rollouts.trained_N
+        evidence[name] = asked.score(rollouts, keep_N, "distribution", temperature)
     anchor = None
     if reference is not None:
         anchor = LocalTeacher(reference, 4096).score(rollouts, rollouts.trained_N, "token", temperature)

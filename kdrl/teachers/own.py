@@ -19,6 +19,7 @@ from kdrl.models import LoadedModel, encode_prompt
 from kdrl.models.quantise import full_precision
 from kdrl.objectives.head import Head
 from kdrl.objectives.schedules import Moment
+from kdrl.teachers.base import Evidence, Need
 from kdrl.teachers.config import SelfTeacherConfig
 from kdrl.teachers.context import context_prompt
 from kdrl.teachers.copies import WeightCopy
@@ -62,6 +63,12 @@ class SelfTeacher(LocalTeacher):
         """Tokens of responses that the self-teacher has a prompt for, bool `[N]`."""
         known = [r.privileged_ids is not None for r in rollouts.responses]
         return torch.tensor(known, dtype=torch.bool, device=rollouts.row_N.device)[rollouts.row_N]
+
+    def score(self, rollouts: Rollouts, keep_N: Tensor, need: Need, temperature: float) -> Evidence:
+        """Score tokens of responses that have a prompt; raises ValueError for any other."""
+        if bool((keep_N & ~self.reach_N(rollouts)).any()):
+            raise ValueError("the self-teacher was asked about responses that it has no prompt for; see reach_N")
+        return super().score(rollouts, keep_N, need, temperature)
 
     def after_update(self, moment: Moment) -> None:
         """After an optimizer step: the running mean follows."""

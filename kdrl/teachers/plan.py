@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kdrl.checks import self_terms
-from kdrl.memory import HEAP_SLACK, Item, chunk_bytes
+from kdrl.memory import HEAP_SLACK, Item, Phase, chunk_bytes
 from kdrl.model_shape import ModelShape, activation_bytes
 from kdrl.objectives.objective import Objective
 from kdrl.recipe import Recipe
@@ -38,7 +38,8 @@ def _quantised(recipe: Recipe, student: ModelShape) -> Iterator[Item]:
         return
     weights = student.parameters - student.vocabulary * student.width
     size = _BYTES[recipe.student.dtype]
-    for phase, each in (("rollout", 2 if recipe.student.autocast else size), ("update", size)):
+    sizes: tuple[tuple[Phase, int], ...] = (("rollout", 2 if recipe.student.autocast else size), ("update", size))
+    for phase, each in sizes:
         yield Item("rounded weights", weights * each, phase, f"{weights:,} weights of linear layers x {each} B")
 
 
