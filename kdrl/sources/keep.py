@@ -17,7 +17,8 @@ class Keep(Config):
     """`right`, `wrong`, or `{score: NAME, above|below: x}`, `{score: NAME, top|bottom: share}`, `{..., best: n}`."""
 
     score: str
-    """A score of responses: reward, correct, length, student_logp, teacher_logp, group_rate, student_rate."""
+    """A score of responses: reward, correct, length, student_logp, teacher_logp, logp_gap (teacher less student), group_rate,
+    student_rate."""
     above: float | None = None
     """Keep what scores more than this."""
     below: float | None = None
@@ -116,12 +117,12 @@ class Filtered(SourceSettings):
     @property
     def asks_teacher(self) -> bool:
         """Where it writes, or scores."""
-        return self.source.settings.asks_teacher or "teacher_logp" in self.scores
+        return self.source.settings.asks_teacher or bool(self.scores & {"teacher_logp", "logp_gap"})
 
     @property
     def judges(self) -> bool:
         """Where a filter reads verdicts."""
-        return bool(self.scores - {"length", "student_logp", "teacher_logp"})
+        return bool(self.scores - {"length", "student_logp", "teacher_logp", "logp_gap"})
 
     @property
     def joint(self) -> bool:

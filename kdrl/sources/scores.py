@@ -105,6 +105,12 @@ def teacher_logp(scoring: Scoring) -> list[float]:
     return _mean_logp(scoring.teacher, scoring)
 
 
+@register_response_score("logp_gap")
+def logp_gap(scoring: Scoring) -> list[float]:
+    """Teacher's less student's mean log-prob: the student's loss less the teacher's (ACID's learnability, 2411.18674)."""
+    return [t - s for t, s in zip(teacher_logp(scoring), student_logp(scoring), strict=True)]
+
+
 @register_response_score("group_rate")
 def group_rate(scoring: Scoring) -> list[float]:
     """Share of right responses in the response's group."""

@@ -125,6 +125,20 @@ def test_mean_log_probs_are_those_of_a_plain_forward(model: LoadedModel):
     assert RESPONSE_SCORES.get("length")(scoring) == [1.0, 6.0, 3.0, 9.0]
 
 
+def test_a_gap_of_log_probs_is_highest_where_the_student_lags_most(model: LoadedModel):
+    """ACID: of equal responses the teacher's own gain decides, and the score asks a teacher but no verdict."""
+    teacher, responses = toy(seed=5), responses_of(model)
+    found = RESPONSE_SCORES.get("logp_gap")(Scoring(responses, model, teacher, budget=12))
+    loss = {
+        asked: [-float(full_logp(m, r.prompt_ids, r.token_ids, 1.0).mean()) for r in responses]
+        for asked, m in (("student", model), ("teacher", teacher))
+    }
+    assert found == pytest.approx([s - t for s, t in zip(loss["student"], loss["teacher"], strict=True)], abs=1e-4)
+    settings = SourceConfig.model_validate({"filtered": {"source": "gold", "keep": {"score": "logp_gap", "top": 0.5}}})
+    assert settings.settings.asks_teacher
+    assert not settings.settings.judges
+
+
 def test_of_equal_scores_the_earlier_is_kept(model: LoadedModel):
     responses = responses_of(model)
     (top,) = rules_of({"score": "length", "top": 0.5})
