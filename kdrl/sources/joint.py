@@ -83,7 +83,8 @@ class MixedSource(_JointSource):
 
     def write(self, request: Request) -> list[Response]:
         """Responses group by group; tells their mean weight, which is 1 in expectation for `token` and `prefix`."""
-        rule = mixed(self.share.at(request.moment))
+        # A share that follows a metric may leave the unit interval, and probabilities must not.
+        rule = mixed(min(1.0, max(0.0, self.share.at(request.moment))))
         responses, _ = self._write(request, rule, lambda s: importance_weights(self.weights, s.logp, s.told))
         weights = [w for r in responses for w in r.importance or ()]
         request.out.tell("importance", sum(weights), len(weights))
