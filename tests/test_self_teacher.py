@@ -469,7 +469,8 @@ def test_contexts_that_do_not_fit_or_have_nothing_to_show_are_refused(world: Pat
 @pytest.mark.parametrize("settings", [{}, {"kind": "ema"}, {"kind": "past", "every": 3}, {"context": "{answer}"}])
 def test_a_resolved_recipe_reads_back(settings: dict[str, Any], world: Path, tmp_path: Path):
     on = ["student"] if settings else ["privileged"]
-    raw = raw_recipe(world, None, objective=[{"distill": OWN | {"on": on}}], self_teacher=settings)
+    terms = [{"policy_gradient": {}}, {"distill": OWN | {"on": on}}]
+    raw = raw_recipe(world, None, objective=terms, self_teacher=settings)
     if not settings:
         raw["source"] = {"privileged": {"template": "{prompt}{answer}"}}
     recipe = load_recipe(raw)
