@@ -17,8 +17,8 @@ class Keep(Config):
     """`right`, `wrong`, or `{score: NAME, above|below: x}`, `{score: NAME, top|bottom: share}`, `{..., best: n}`."""
 
     score: str
-    """A score of responses: reward, correct, length, student_logp, teacher_logp, logp_gap (teacher less student), group_rate,
-    student_rate."""
+    """A score of responses: reward, correct, length, student_logp, teacher_logp, logp_gap (teacher less student),
+    group_rate, student_rate."""
     above: float | None = None
     """Keep what scores more than this."""
     below: float | None = None

@@ -107,7 +107,7 @@ def teacher_logp(scoring: Scoring) -> list[float]:
 
 @register_response_score("logp_gap")
 def logp_gap(scoring: Scoring) -> list[float]:
-    """Teacher's less student's mean log-prob: the student's loss less the teacher's (ACID's learnability, 2411.18674)."""
+    """Teacher's less student's mean log-prob, which is the student's loss less the teacher's (ACID, 2411.18674)."""
     return [t - s for t, s in zip(teacher_logp(scoring), student_logp(scoring), strict=True)]
 
 
