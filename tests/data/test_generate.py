@@ -369,3 +369,12 @@ def test_problem_ids_are_those_of_the_task(world: Path, tmp_path: Path):
     rows, _ = go(world, tmp_path, split="test")
     task = build_task(load_recipe(raw_recipe(world, "grpo")).task, 3)
     assert {r["id"] for r in rows} == {p.id for p in take(task.problems("test"), 100)}
+
+
+def test_source_traces_reads_the_file_with_its_verdicts(world: Path, tmp_path: Path):
+    rows, _ = go(world, tmp_path, samples=4, keep="pair")
+    source = {"traces": {"path": str(tmp_path / "out.jsonl"), "take": "wrong"}}
+    run(raw_recipe(world, "sft", source=source, log={"rollouts_every": 1, "rollouts": 8}), tmp_path / "run")
+    shown = {(r["prompt"], r["response"], r["correct"]) for r in read(tmp_path / "run" / "rollouts.jsonl")}
+    assert shown
+    assert shown <= {(r["prompt"], r["response"], False) for r in rows if not r["correct"]}
