@@ -2,7 +2,7 @@
 
 python benchmarks/method_table.py          # seeds 0, 1, 2 of every method, 150 steps; names may follow to do some
 Two processes of one thread each. Writes benchmarks/results/method-table.json and .md. Rates are the demo's, chosen on
-the development split for three arms (benchmarks/tune_demo.py) and shared by family, not tuned for each method: opd's for
+the development split for three arms (benchmarks/tune_demo.py) and shared by family, not tuned per method: opd's for
 what distils, grpo's for what is led by rewards, kdrl's for itself. Methods that read fixed text read the teacher's
 (written once, stored), so that all know the same; `sft` on the task's own worked solutions is the exception.
 """
