@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from kdrl.errors import UserError
 from kdrl.measuring import evaluate_score
 from kdrl.objectives.adaptive import Calibrated
 from kdrl.objectives.objective import Active
@@ -41,8 +42,12 @@ def calibrate(memory: Memory, batch: Callable[[int], Scored], updater: Updater) 
                 sums[path] += float(values_N[keep_N].sum(dtype=torch.float64))
                 counts[path] += int(keep_N.sum())
     for path, adaptive in waiting.items():
-        mean = sums[path] / max(1, counts[path])
-        memory.states[path] = adaptive.update(memory.states[path], mean, 0, 0)
+        if not counts[path]:
+            raise UserError(
+                f"{path} is measured on the first responses, and no term compares a token of them with the teacher; "
+                "give the distill term a weight above 0 at the first step and a mask that keeps something."
+            )
+        memory.states[path] = adaptive.update(memory.states[path], sums[path] / counts[path], 0, 0)
 
 
 def _comparing(scored: Scored) -> Active | None:

@@ -165,7 +165,8 @@ class Trainer:
         position = self.parts.collector.position
         collected = self.parts.collector.collect(moment, lambda rollouts: set())
         self.parts.collector.position = position
-        return self._score(Rollouts.of(collected.responses, self.parts.device), moment, Phases())
+        # Weights and shares stand as at the first step: a warm-up has no value before it.
+        return self._score(Rollouts.of(collected.responses, self.parts.device), replace(moment, step=0), Phases())
 
     def _is_best(self, score: float | None) -> bool:
         """Whether this step is the best so far and is to be kept for it."""
@@ -296,7 +297,10 @@ class Trainer:
             if each.term.draws:
                 seed = derive(self.recipe.seed, "draws", moment.step, each.name)
                 generator = torch.Generator().manual_seed(seed)
-                found[each.name] = torch.rand(rollouts.tokens, each.term.draws, generator=generator)
+                # In float64: float32 has 2^24 numbers, and a vocabulary holds tokens rarer than that.
+                found[each.name] = torch.rand(
+                    rollouts.tokens, each.term.draws, generator=generator, dtype=torch.float64
+                )
         return {name: values.to(self.parts.device) for name, values in found.items()}
 
     def _ask(self, name: str, rollouts: Rollouts, active: list[Active]) -> Evidence:

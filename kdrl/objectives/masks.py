@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kdrl.errors import UserError, nearest
-from kdrl.objectives.schedules import START, Moment
+from kdrl.objectives.schedules import START, Moment, schedules_in
 from kdrl.objectives.scores import Score, Tokens, column, measure
 from kdrl.registry import Registry
 
@@ -133,7 +133,13 @@ def by_score(context: MaskContext, expression: Any) -> Tensor:
 
 
 def _check_score(expression: Any) -> None:
-    reads = Score(expression).reads
+    score = Score(expression)
+    reads = score.reads
+    if any(schedule.adaptive is not None for _, schedule in schedules_in(score)):
+        raise ValueError(
+            f"mask score {expression!r} has a scalar with a memory, which a mask does not keep; put it into the term's "
+            "`scale`"
+        )
     if foreign := sorted(reads - {"data", "student", "batch"}):
         raise ValueError(
             f"mask score {expression!r} looks at {foreign[0]}, but masks are chosen before the teacher is asked; "

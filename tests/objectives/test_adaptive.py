@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from kdrl.objectives.distill import DistillConfig
 from kdrl.objectives.schedules import Memory, Moment, Schedule, schedules_in
 
 
-def run(spec: Any, found: list[float | None], total: int = 100, metric: str | None = None) -> list[float]:
+def run(spec: Any, found: Sequence[float | None], total: int = 100, metric: str | None = None) -> list[float]:
     """Values at steps 0, 1, ... of a scalar that meets these metrics after each step; None is a step without one."""
     schedule = Schedule(spec)
     assert schedule.adaptive is not None

@@ -153,7 +153,7 @@ def head_share(p: Array, q: Array, mu: float = 0.5) -> float:
         else:
             rest += abs(p[v] - q[v])
         mass += p[v]
-    return head / (head + rest)
+    return float(head / (head + rest))
 
 
 TODI = [

@@ -269,7 +269,7 @@ LABELS = (0, 4)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_ruled_out_and_peaked_tokens_give_finite_values_and_gradients(spec: Any, dtype: torch.dtype):
     sides = list(product(EXTREME, EXTREME, LABELS))
-    teacher, student = (torch.tensor([EXTREME[pick[i]] for pick in sides], dtype=dtype) for i in range(2))
+    teacher, student = (torch.tensor([EXTREME[str(pick[i])] for pick in sides], dtype=dtype) for i in range(2))
     reference = torch.tensor([EXTREME["flat" if i % 2 else "ruled out"] for i in range(len(sides))], dtype=dtype)
     student.requires_grad_()
     tokens = torch.tensor([pick[2] for pick in sides])

@@ -255,7 +255,7 @@ def test_no_gradient_flows_through_a_score(name: str):
     """A weight that is a score multiplies the gradient of the plain loss."""
     spec = SINGLE[name][0] if name in SINGLE else STEP[name][0]
     teachers, students = np.stack([z[0] for z in PAIRS]), np.stack([z[1] for z in PAIRS])
-    tokens = {"data": TOKENS.data}
+    tokens: dict[str, Any] = {"data": TOKENS.data}
     if name in STEP:
         known = {}
         for part in Score(spec).batch_parts():
