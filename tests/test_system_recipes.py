@@ -163,7 +163,7 @@ def read_by_the_teacher(name: str, folder: Path) -> list[tuple[str, Response]]:
 
         def spied(rollouts: Any, *more: Any) -> Any:
             for r in rollouts.responses:
-                seen.append((parts.student.tokenizer.decode(r.privileged_ids), r))
+                seen.append((str(parts.student.tokenizer.decode(r.privileged_ids)), r))
             return ask(rollouts, *more)
 
         own.score = spied
@@ -245,7 +245,7 @@ def test_mistakes_are_shown_to_the_teacher_and_only_wrong_ones(tmp_path: Path):
     wrong = [row for row in read(FOLDER / "data" / "wrong.jsonl") if not row["correct"]]
     every = take(build_task(open_inputs(FOLDER / "mistakes.yaml").task, 0).problems("train"), 100)
     assert len(rows) == 5
-    assert {(p.prompt, p.answer) for p in every} == {
+    assert {(str(p.prompt), p.answer) for p in every} == {
         (f"{row['prompt']}\nwrong: {row['response']}\nwhy, and what is right?\n", row["answer"]) for row in wrong
     }
     assert {row["prompt"] for row in rows} <= {p.prompt for p in every}
@@ -255,8 +255,6 @@ def test_backward_teacher_text_is_a_file_with_its_columns_exchanged(tmp_path: Pa
     """Rejuvenating low-frequency words: a teacher of the other direction wrote sources for true targets."""
     rows = [{"prompt": f"{a}=", "response": f"{a}+0", "answer": str(a), "correct": True} for a in range(1, 7)]
     (tmp_path / "backward.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shown = sft_on(
-        tmp_path / "backward.jsonl", tmp_path / "run", columns={"prompt": "response", "solution": "prompt"}
-    )
+    shown = sft_on(tmp_path / "backward.jsonl", tmp_path / "run", columns={"prompt": "response", "solution": "prompt"})
     assert shown
     assert {(row["prompt"], row["response"]) for row in shown} <= {(row["response"], row["prompt"]) for row in rows}
