@@ -110,3 +110,19 @@ def sinkd(s: Step, z: Array) -> complex:
             plan = plan / plan.sum(0, keepdims=True)
         total = total + (plan * cost).sum()
     return mean(ce(s, z)) + 0.001 * total / len(z)
+
+
+@published("luminet")
+def luminet(s: Step, z: Array) -> complex:
+    total = 0.0
+    for row in np.unique(s.row_N):
+        mine = s.row_N == row
+        if mine.sum() > 1:
+            p, q = (sm(over_rows(log_sm(x[mine])), 4.0) for x in (s.teacher_NV, z))
+            total = total + kl(p, q).sum()
+    return 2.0 * mean(ce(s, z)) + 31.0**2 * total / len(z)
+
+
+def over_rows(x: Array) -> Array:
+    centred = x - x.mean(0)
+    return centred / np.sqrt((centred**2).mean(0) + 1e-6)

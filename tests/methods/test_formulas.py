@@ -79,7 +79,7 @@ def teaches(name: str) -> bool:
 @pytest.mark.parametrize("name", sorted(n for n in PUBLISHED if teaches(n)))
 def test_the_student_that_is_its_teacher(name: str):
     step, _ = made_step(name, 3)
-    only = "batch_distill" if name == "sinkd" else "distill"
+    only = "batch_distill" if name in ("sinkd", "luminet") else "distill"
     value, slope = found(name, step, step.teacher_NV, only)
     want = np.real(NOT_ZERO[name](step)) if name in NOT_ZERO else 0.0
     assert (abs(want) > 1e-7) == (name in NOT_ZERO)
