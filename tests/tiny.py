@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from kdrl.batch import Origin, Response, Rollouts
 from kdrl.build import Builder
+from kdrl.measuring import measure_scores
 from kdrl.models import LoadedModel, ModelConfig, NewModel, NewTokenizer, load_model, save_final
+from kdrl.objectives.blocks import block_ids
 from kdrl.objectives.objective import Objective, token_data
 from kdrl.objectives.schedules import Moment
 from kdrl.objectives.terms import TERMS
@@ -229,11 +231,27 @@ def score(
         evidence[name] = asked.score(rollouts, keep_N, "distribution", temperature)
     anchor = None
     if reference is not None:
-        anchor = LocalTeacher(reference, 4096).score(rollouts, rollouts.trained_N, "token", temperature)
+        whole = any(a.term.needs.reference == "distribution" for a in active)
+        need = "distribution" if whole else "token"
+        anchor = LocalTeacher(reference, 4096).score(rollouts, rollouts.trained_N, need, temperature)
     noise_N = torch.tensor([x for r in responses for x in (r.logp or [0.0] * len(r.token_ids))])
-    return Scored(
-        rollouts, active, evidence, anchor, logp_N + noise_N if stale else None, None, temperature, token_data(rollouts)
+    scored = Scored(
+        rollouts,
+        active,
+        evidence,
+        anchor,
+        logp_N + noise_N if stale else None,
+        None,
+        temperature,
+        token_data(rollouts),
+        {a.name: torch.rand(rollouts.tokens, a.term.draws, generator=draw_from(step)) for a in active if a.term.draws},
+        blocks={a.name: block_ids(a.keep_N, rollouts.row_N, a.term.block) for a in active if a.term.block},
     )
+    return replace(scored, measured=measure_scores(Updater(student, 4096), scored))
+
+
+def draw_from(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def gradient(student: LoadedModel, scored: Scored, *, budget: int = 4096, rows: Sequence[int] | None = None) -> Tensor:
