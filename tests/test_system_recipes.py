@@ -35,6 +35,7 @@ from torch import Tensor
 from kdrl.batch import Response
 from kdrl.data.generate import GenerateConfig, generate
 from kdrl.data.inputs import open_inputs
+from kdrl.methods import get_method
 from kdrl.models import LoadedModel
 from kdrl.objectives.distill import DistillConfig
 from kdrl.objectives.schedules import Moment
@@ -144,6 +145,22 @@ def test_the_density_ratio_is_the_second_derivative_of_f_times_r_squared(name: s
     close(ratio, ratio[0].expand(5))
 
 
+def test_redi_pulls_right_traces_up_and_pushes_wrong_ones_down():
+    student, texts = toy(1, trainable=True), made_responses(groups=3, size=2, origin="teacher")
+    for i, r in enumerate(texts):
+        r.correct = i % 2 == 0
+    found = gradient(student, score(student, texts, get_method("redi").recipe["objective"]))
+
+    def loss() -> Tensor:
+        of_pairs = [
+            -token_logp(student, right).mean() + 0.8 * token_logp(student, wrong).mean()
+            for right, wrong in zip(texts[::2], texts[1::2], strict=True)
+        ]
+        return torch.stack(of_pairs).mean()
+
+    assert_near(found, plain_gradient(student, loss))
+
+
 def test_spankl_keeps_old_labels_by_a_binary_kl():
     earlier, student = np.random.default_rng(1).normal(size=(2, 5, 6))
     label = np.array([0, 5, 2, 2, 3])
@@ -248,7 +265,7 @@ def test_mistakes_are_shown_to_the_teacher_and_only_wrong_ones(tmp_path: Path):
     assert {(str(p.prompt), p.answer) for p in every} == {
         (f"{row['prompt']}\nwrong: {row['response']}\nwhy, and what is right?\n", row["answer"]) for row in wrong
     }
-    assert {row["prompt"] for row in rows} <= {p.prompt for p in every}
+    assert {row["prompt"] for row in rows} <= {str(p.prompt) for p in every}
 
 
 def test_backward_teacher_text_is_a_file_with_its_columns_exchanged(tmp_path: Path):
