@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from kdrl.methods import all_methods, axes, expanded
+from kdrl.objectives.adaptive import ADAPTIVE
+from kdrl.objectives.blocks import BLOCK_LOSSES
 from kdrl.objectives.masks import MASKS
 from kdrl.objectives.policy import NAMED_ADVANTAGES
 from kdrl.objectives.schedules import SCHEDULES
+from kdrl.objectives.scores import SCORES
 from kdrl.objectives.terms import TERMS, TermConfig
 from kdrl.recipe import describe_fields
+from kdrl.registry import Registry
 from kdrl.sources import SOURCES
 from kdrl.sources.scores import RESPONSE_SCORES
 from kdrl.tasks.solutions import WRITERS
@@ -99,6 +103,21 @@ def recipe_keys() -> str:
     return "\n".join([*parts, *names()])
 
 
+def parts_of(registry: Registry[type[Any]]) -> list[str]:
+    """A heading, a summary and the keys of every section in a registry."""
+    found = []
+    for name in registry:
+        found += [f"#### {name}\n", summary(registry.get(name)) + "\n", keys(describe_fields(registry.get(name)))]
+    return found
+
+
+def score_settings(name: str) -> str:
+    """The settings of a score; one over the whole step has `of` besides."""
+    kind = SCORES.get(name)
+    own = settings(kind.function, 2 if kind.reads in ("entries", "batch") else 1)
+    return code(", ".join(filter(None, ["of", own.strip("`")]))) if kind.reads == "batch" else own
+
+
 def names() -> list[str]:
     """The registries: what can be named in a recipe."""
     schedules = ((code(n), settings(SCHEDULES.get(n), 2), summary(SCHEDULES.get(n))) for n in SCHEDULES)
@@ -117,11 +136,21 @@ def names() -> list[str]:
         )
     ]
     writers = ((code(n), summary(WRITERS.get(n))) for n in WRITERS)
+    scores = ((code(n), score_settings(n), SCORES.get(n).reads, summary(SCORES.get(n).function)) for n in SCORES)
+    blocks = ((code(n), settings(BLOCK_LOSSES.get(n), 2), summary(BLOCK_LOSSES.get(n))) for n in BLOCK_LOSSES)
     return [
         "## Schedules\n",
         table(("name", "settings", "meaning"), schedules),
+        "### Schedules with a memory\n",
+        "They follow a metric of the run and are saved with every checkpoint.\n",
+        *parts_of(ADAPTIVE),
+        "## Scores\n",
+        "p is the teacher, q the student, y the response's token; `of`, `where` and `by` are again scores.\n",
+        table(("name", "settings", "reads", "value"), scores),
         "## Masks\n",
         table(("name", "settings", "what it keeps"), masks),
+        "## Block losses\n",
+        table(("name", "settings", "loss"), blocks),
         "## Advantages\n",
         table(("name", "baseline", "scale"), advantages),
         "## Preparations of the teacher\n",
@@ -155,7 +184,7 @@ def methods() -> str:
             f"Defaults: {' '.join(method.defaults.split())}\n",
             f"Not known, or different here: {' '.join(method.unknown.split())}\n",
         ]
-    return "\n".join(parts)
+    return "\n".join([*parts, (FOLDER / "traps.md").read_text(encoding="utf-8")])
 
 
 def main() -> int:

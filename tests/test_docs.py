@@ -14,7 +14,7 @@ from kdrl.yamls import load_yaml
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-FIXED = [path for path in DOCS if path.name not in ("methods.md", "recipe-keys.md")]
+FIXED = [path for path in DOCS if path.name not in ("methods.md", "recipe-keys.md", "traps.md")]
 BLOCKS = [
     (p.name, n, b) for p in FIXED for n, b in enumerate(re.findall(r"```yaml\n(.*?)```", p.read_text(), re.DOTALL))
 ]

@@ -314,7 +314,7 @@ def test_pairings_that_work_are_not_refused():
     for change in (
         {"rollout": {"top_p": 0.9, "filtered": True}},
         {"objective": [{"policy_gradient": {"advantage": "reinforce"}}], "rollout": {"group": 1}},
-        {"objective": [{"distill": {"on": ["student"]}}], "source": {"mixture": 0.5}},
+        {"objective": [{"distill": {"on": ["student", "gold"]}}], "source": {"mixture": 0.5}},
         {"method": "opd", "objective": [{"distill": {"support": "full"}}], "source": "gold"},
         {"method": "dapo"},
     ):
