@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,3 +276,22 @@ def test_backward_teacher_text_is_a_file_with_its_columns_exchanged(tmp_path: Pa
     shown = sft_on(tmp_path / "backward.jsonl", tmp_path / "run", columns={"prompt": "response", "solution": "prompt"})
     assert shown
     assert {(row["prompt"], row["response"]) for row in shown} <= {(row["response"], row["prompt"]) for row in rows}
+
+
+def test_merged_weights_are_a_mean_or_the_middle_of_an_arc(world: Path, tmp_path: Path):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    done = run(raw_recipe(world, "sft", rollout={"group": 1}, checkpoint={"every": 1, "keep": 5}), tmp_path / "run")
+    merge = runpy.run_path(str(FOLDER / "merge.py"))
+    paths = [done.model, tmp_path / "run" / "checkpoints" / "step-000001" / "student.safetensors"]
+    for how in ("mean", "slerp"):
+        merge["merge"](how, tmp_path / how, paths)
+        found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / how).named_parameters())
+        ends = [load_file(done.model / "model.safetensors"), load_file(paths[1])]
+        name = "model.layers.0.mlp.up_proj.weight"
+        torch.testing.assert_close(found[name].data, (ends[0][name] + ends[1][name]) / 2, rtol=1e-3, atol=1e-4)
+    east, north = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    torch.testing.assert_close(merge["slerp"](east, north), torch.tensor([[2.0**0.5, 2.0**0.5]]))
+    torch.testing.assert_close(merge["slerp"](east, east), east)
+    torch.testing.assert_close(merge["mean"](east, north), torch.tensor([[1.0, 1.0]]))
