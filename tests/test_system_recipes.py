@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from data.making import read
+from features.toys import own, pair, responses, step
 from objectives.reference import as_tensor, close, distribution_loss, kl, log_softmax, softmax
 from test_examples import ROOT
 from tiny import (
@@ -144,6 +145,24 @@ def test_the_density_ratio_is_the_second_derivative_of_f_times_r_squared(name: s
     h = (r / (1 - mix + mix * r)) ** power
     ratio = (h / (second * r.square())).detach()
     close(ratio, ratio[0].expand(5))
+
+
+def test_qfd_follows_rounded_hidden_states():
+    student, teacher = pair()
+    (term,) = [entry for entry in entries("qfd") if "feature" in entry]
+    del term["feature"]["projector"]
+
+    def loss() -> Tensor:
+        parts = []
+        for r in responses():
+            mine, theirs = own(student, r)[-1], own(teacher, r)[-1].detach()
+            level = theirs.abs().amax(-1, keepdim=True) / 7  # 4 bits: -7 to 7
+            parts.append((mine - (theirs / level).round() * level).square().mean(-1))
+        return torch.cat(parts).mean()
+
+    value, found = step(student, teacher, [{"feature": term["feature"] | {"on": ["student"]}}])
+    assert value == pytest.approx(float(loss().detach()), rel=1e-5)
+    assert_near(found, plain_gradient(student, loss))
 
 
 def test_redi_pulls_right_traces_up_and_pushes_wrong_ones_down():
