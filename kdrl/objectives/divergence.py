@@ -17,8 +17,10 @@ from kdrl.objectives.schedules import START, Moment
 from kdrl.objectives.scores import Score
 from kdrl.objectives.specs import ArmNow, AssistantNow, Divergence
 
-# A power mean this near to the geometric one is taken as it: below, rounding grows as the inverse exponent.
-GEOMETRIC = 1.0e-4
+# An exponent this near to zero is taken as zero (a power mean as the geometric one): rounding grows as its inverse.
+NEAR_ZERO = 1.0e-4
+# Two exponents below this are both taken as zero: there rounding grows as the inverse of their product.
+BOTH_NEAR_ZERO = 3.0e-3
 
 # fn(gate, log p, log q) -> its value [...] or [..., V]: how an arm's gate is evaluated.
 GateOf = Callable[[Score, Tensor, Tensor], "Tensor | float"]
@@ -29,11 +31,12 @@ def alpha_beta_entries(logx: Tensor, logy: Tensor, alpha: float, beta: float) ->
 
     (1, 0) is KL(X||Y) and (0, 1) KL(Y||X), as bare x log(x/y); at other zero exponents it is the limit.
     """
+    alpha, beta = (0.0 if exponent < NEAR_ZERO else exponent for exponent in (alpha, beta))
     if (alpha, beta) == (1.0, 0.0):
         return logx.exp() * (logx - logy)
     if (alpha, beta) == (0.0, 1.0):
         return logy.exp() * (logy - logx)
-    if (alpha, beta) == (0.0, 0.0):
+    if max(alpha, beta) < BOTH_NEAR_ZERO:
         return 0.5 * (logx - logy).square()
     if beta == 0.0 or alpha == 0.0:
         # D_{a,0} = sum x^a (a log x/y) - x^a + y^a, over a^2; D_{0,b} the same with x and y exchanged.
@@ -52,7 +55,7 @@ def assistant(spec: AssistantNow, logp: Tensor, logq: Tensor) -> Tensor:
         logr = logp if spec.share else logq
     else:
         k, more, less = (1.0 - spec.a) / 2.0, math.log(spec.share), math.log1p(-spec.share)
-        if abs(k) < GEOMETRIC:
+        if abs(k) < NEAR_ZERO:
             logr = spec.share * logp + (1.0 - spec.share) * logq
         else:
             logr = torch.logaddexp(more + k * logp, less + k * logq) / k

@@ -145,25 +145,51 @@ def test_zero_exponents_are_the_limits_of_small_ones(exponents: tuple[float, flo
     alpha, beta = exponents
     found = of({"alpha_beta": {"alpha": alpha, "beta": beta}})
     same(found, lambda z: LIMITS[exponents](sm(z)))
-    small = 1e-4
+    small = 2e-4
     near = of({"alpha_beta": {"alpha": alpha or small, "beta": beta or small}})
     close(near[0], found[0], 2e-3)
     close(near[1], found[1], 2e-3)
 
 
-@pytest.mark.parametrize("exponents", [(1e-4, 0.7), (0.7, 1e-4), (1e-3, 1.0), (1e-2, 1e-2)], ids=str)
+@pytest.mark.parametrize(
+    "exponents",
+    [
+        (1e-4, 0.7),
+        (0.7, 1e-4),
+        (1e-3, 1.0),
+        (1e-5, 0.5),
+        (1e-9, 1.0),
+        (1e-2, 1e-2),
+        (4e-3, 0),
+        (3e-3, 2e-3),
+        (1e-5, 1e-5),
+        (1e-200, 0),
+    ],
+    ids=str,
+)
 def test_small_exponents_keep_their_digits_in_float32(exponents: tuple[float, float]):
     """A schedule that starts or ends at zero passes by; the cancelling powers must not eat the gradient."""
     spec = Divergence.model_validate({"alpha_beta": {"alpha": exponents[0], "beta": exponents[1]}})
-    found = []
-    for dtype in (torch.float64, torch.float32):
-        z = torch.tensor(STUDENT, dtype=dtype, requires_grad=True)
-        value = divergence_of(spec, torch.tensor(TEACHER, dtype=dtype).log_softmax(-1), z.log_softmax(-1))
-        value.backward()
-        assert z.grad is not None
-        found.append((value.item(), z.grad.numpy()))
-    close(found[1][0], found[0][0], 2e-2)
-    close(found[1][1], found[0][1], 2e-2)
+    z = torch.tensor(STUDENT, dtype=torch.float32, requires_grad=True)
+    value = divergence_of(spec, torch.tensor(TEACHER, dtype=torch.float32).log_softmax(-1), z.log_softmax(-1))
+    value.backward()
+    # Far below what float64 can cancel, the limit is the reference.
+    alpha, beta = (e if e > 1e-3 else 0.0 for e in exponents)
+    if alpha and beta:
+        expected = stepped(lambda y: ab(P, sm(y), alpha, beta), STUDENT)
+    elif alpha or beta:
+        a, sides = alpha or beta, (lambda q: (P, q)) if alpha else (lambda q: (q, P))
+
+        def limit(y: Array) -> Any:
+            one, two = sides(sm(y))
+            return (one**a * a * np.log(one / two) - one**a + two**a).sum() / a**2
+
+        expected = stepped(limit, STUDENT)
+    else:
+        expected = stepped(lambda y: 0.5 * (np.log(P / sm(y)) ** 2).sum(), STUDENT)
+    close(value.item(), expected[0], 3e-2)
+    assert z.grad is not None
+    close(z.grad, expected[1], 3e-2 * np.abs(expected[1]).max())
 
 
 def test_the_mirror_of_exponents_is_the_mirror_of_sides():
@@ -177,7 +203,8 @@ def test_the_mirror_of_exponents_is_the_mirror_of_sides():
 @quick
 def test_never_negative(logits: tuple[Array, Array], alpha: float, beta: float):
     value, _ = of({"alpha_beta": {"alpha": alpha, "beta": beta}}, *logits)
-    assert value >= -1e-7 / max(alpha * beta, 1e-3)
+    # The smallest exponents that are not taken as zero leave 1e-16 / (1e-4)^2 of rounding.
+    assert value >= -1e-7
 
 
 # ---------------------------------------------------------------- other kinds
