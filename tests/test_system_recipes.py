@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from data.making import read
-from features.toys import own, pair, responses, step
+from features.toys import own, pair, responses, step, updater_of
 from objectives.reference import as_tensor, close, distribution_loss, kl, log_softmax, softmax
 from test_examples import ROOT
 from tiny import (
@@ -163,6 +163,31 @@ def test_qfd_follows_rounded_hidden_states():
     value, found = step(student, teacher, [{"feature": term["feature"] | {"on": ["student"]}}])
     assert value == pytest.approx(float(loss().detach()), rel=1e-5)
     assert_near(found, plain_gradient(student, loss))
+
+
+def test_align_to_distill_mixes_the_scores_of_all_heads_towards_each_of_the_teachers():
+    student, teacher = pair(heads=4, kv_heads=2, head_dim=4)
+    terms = [entry for entry in get_method("align-to-distill").recipe["objective"] if "feature" in entry]
+    term = {"feature": terms[0]["feature"] | {"weight": 1.0}}
+    (mix_GH,) = updater_of(student, teacher, [term]).projectors
+    assert mix_GH.shape == (8, 4)
+
+    def loss() -> Tensor:
+        parts = []
+        for r in responses():
+            mine = torch.cat(own(student, r, inside="attentions"))
+            theirs = torch.cat(own(teacher, r, inside="attentions")).detach()
+            seen = (theirs > 0)[0]
+            # A row's softmax forgets the constant by which its log-probabilities differ from the scores.
+            scores = torch.where(seen, mine.clamp(min=1e-300).log(), 0.0)
+            mixed = torch.einsum("gh,htk->gtk", mix_GH.detach().double(), scores)
+            logq = mixed.masked_fill(~seen, -torch.inf).log_softmax(-1)
+            gap = torch.where(seen, theirs.clamp(min=1e-300).log() - logq, 0.0)
+            parts.append((theirs * gap).sum(-1).mean(0))
+        return torch.cat(parts).mean()
+
+    value, _ = step(student, teacher, [term])
+    assert value == pytest.approx(float(loss().detach()), rel=1e-5)
 
 
 def test_redi_pulls_right_traces_up_and_pushes_wrong_ones_down():
