@@ -14,6 +14,7 @@ from kdrl.checks import build_objective, needs_rewards, self_terms, teacher_term
 from kdrl.engines import TorchEngine
 from kdrl.errors import UserError
 from kdrl.evaluation import EvaluateConfig, EvaluationResult, evaluate_loaded, pick_problems
+from kdrl.extragradient import ExtragradientAdamW
 from kdrl.features.live import make_features
 from kdrl.held_out import solution_loss
 from kdrl.models import LoadedModel, encode_prompt, load_model
@@ -162,7 +163,8 @@ class Builder:
             if params
         ]
         groups += [] if updater.features is None else updater.features.groups()
-        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+        kind = ExtragradientAdamW if config.extragradient else torch.optim.AdamW
+        return kind(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
     def evaluate_model(self, loaded: LoadedModel, config: EvaluateConfig) -> EvaluationResult:
         """Responses of a model on a split's first problems, scored by the run's verifiers."""

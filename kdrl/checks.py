@@ -61,9 +61,20 @@ def check_recipe(recipe: Recipe) -> None:
     rates = [recipe.optimizer.lr(step, recipe.steps) for step in (0, max(0, recipe.steps - 1))]
     if min(rates) < 0.0:
         raise UserError(f"optimizer.lr is {min(rates):g} at one end of the run, and would undo what it should learn.")
+    _check_extragradient(recipe)
     for name, term in zip(objective.names, objective.terms, strict=True):
         _check_term(recipe, name, term)
     _check_readers(recipe, objective)
+
+
+def _check_extragradient(recipe: Recipe) -> None:
+    optimizer = recipe.optimizer
+    if optimizer.extragradient and recipe.steps % 2:
+        raise UserError(
+            f"optimizer.extragradient takes steps in pairs, and would end on a look-ahead at {recipe.steps}."
+        )
+    if optimizer.extragradient and optimizer.minibatches * optimizer.epochs > 1:
+        raise UserError("optimizer.extragradient looks ahead once a step; set optimizer.minibatches and epochs to 1.")
 
 
 def _check_teacher(recipe: Recipe, objective: Objective) -> None:

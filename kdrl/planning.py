@@ -42,6 +42,14 @@ def _longest(recipe: Recipe) -> int:
     return prompt + recipe.rollout.max_new_tokens
 
 
+def _look_ahead(recipe: Recipe, trainable: int) -> tuple[Item, ...]:
+    """Weights and moments from before a look-ahead."""
+    if not recipe.optimizer.extragradient:
+        return ()
+    size = _BYTES[recipe.student.dtype]
+    return (Item("before the look-ahead", 3 * trainable * size, "always", f"3 x {trainable:,} x {size} B"),)
+
+
 def _teacher_cache(recipe: Recipe, teacher: ModelShape | None, rows: int) -> tuple[Item, ...]:
     """The teacher's own key-value cache where it writes along with the student."""
     if teacher is None or recipe.teacher is None or not recipe.source.settings.joint:
@@ -79,7 +87,8 @@ def memory_plan(recipe: Recipe) -> MemoryPlan:
         reference=lora is None and any(t.needs.reference for t in objective.terms),
         checkpointing=recipe.student.gradient_checkpointing,
         device=device,
-        more=_teacher_cache(recipe, teacher_shape, rows)
+        more=_look_ahead(recipe, trainable)
+        + _teacher_cache(recipe, teacher_shape, rows)
         + feature_items(objective, shape, teacher_shape, tokens, _longest(recipe))
         + teacher_items(recipe, objective, shape, teacher_shape, trainable, tokens, _longest(recipe), device),
     )

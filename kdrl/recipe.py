@@ -129,6 +129,9 @@ class OptimizerConfig(Config):
     """Padded tokens per forward pass; changes memory and speed, never the result."""
     stop_after_bad: int = Field(default=5, ge=1)
     """Stop after this many updates in a row whose gradient was not finite; each is skipped and counted."""
+    extragradient: bool = False
+    """Every second step starts from where the one before it did, with the gradient on text written after that one,
+    which only looked ahead (EGPO, 2503.08942); weights and moments are held twice."""
 
 
 class Recipe(Config):
