@@ -71,7 +71,8 @@ def _check_extragradient(recipe: Recipe) -> None:
     optimizer = recipe.optimizer
     if optimizer.extragradient and recipe.steps % 2:
         raise UserError(
-            f"optimizer.extragradient takes steps in pairs, and would end on a look-ahead at {recipe.steps}."
+            f"optimizer.extragradient takes steps in pairs, and {recipe.steps} steps would end on a look-ahead; make "
+            "them even."
         )
     if optimizer.extragradient and optimizer.minibatches * optimizer.epochs > 1:
         raise UserError("optimizer.extragradient looks ahead once a step; set optimizer.minibatches and epochs to 1.")
