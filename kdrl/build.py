@@ -19,7 +19,7 @@ from kdrl.features.live import make_features
 from kdrl.held_out import solution_loss
 from kdrl.models import LoadedModel, encode_prompt, load_model
 from kdrl.objectives.schedules import Memory
-from kdrl.pairing import check_contexts, check_lengths, check_pairing
+from kdrl.pairing import check_contexts, check_gives, check_lengths, check_pairing
 from kdrl.recipe import Recipe
 from kdrl.rollouts import Collector
 from kdrl.score_checks import warnings_of
@@ -143,6 +143,8 @@ class Builder:
             found["teacher"] = self._scoring_teacher(self.teacher, budget)
         if self_terms(self.objective):
             found["self"] = SelfTeacher(self.student, budget, self.recipe.self_teacher)
+        for name, each in found.items():
+            check_gives(name, each.gives, self.objective)
         leashed = any(t.needs.reference for t in self.objective.terms)
         return found, ReferenceTeacher(self.student, budget) if leashed else None
 

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from kdrl.errors import UserError
 from kdrl.models import LoadedModel, encode_prompt
+from kdrl.objectives.objective import Objective
 from kdrl.recipe import Recipe
 from kdrl.sources.student import privileged_prompt
 from kdrl.tasks import Problem
 from kdrl.tasks.base import Prompt
+from kdrl.teachers.base import Gives
 from kdrl.teachers.context import assumed_context
 
 
@@ -39,6 +41,21 @@ def check_pairing(student: LoadedModel, teacher: LoadedModel) -> list[str]:
     if rows[0] != rows[1]:
         notes.append(f"vocabulary rows {rows[0]} and {rows[1]} are both cut to the tokenizer's {student.vocab_size}")
     return notes
+
+
+def check_gives(who: str, gives: Gives, objective: Objective) -> None:
+    """Raise UserError when a term asks more of the teacher `who` than it can give, with what would fit."""
+    for name, active in zip(objective.names, objective.terms, strict=True):
+        needs = active.needs
+        if needs.teacher is None or gives.serves(needs):
+            continue
+        fits = ["support: {token: k2} (reverse_kl) on the student's own responses"]
+        fits += [f"support: {{topk: K}} with K up to {gives.topk}"] if gives.topk else []
+        fits += [f"divergence: forward_kl with support: {{draws: {gives.draws}}}"] if gives.draws else []
+        raise UserError(
+            f"objective.{name} reads more of the teacher than {who} gives, which is {gives}. What fits: "
+            f"{'; '.join(fits)} (without target transforms and scores of whole distributions); or a local teacher."
+        )
 
 
 def check_lengths(models: dict[str, LoadedModel], problems: Sequence[Problem], recipe: Recipe) -> None:

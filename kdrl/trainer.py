@@ -305,7 +305,9 @@ class Trainer:
 
     def _ask(self, name: str, rollouts: Rollouts, active: list[Active]) -> Evidence:
         asking = [a for a in active if a.teacher == name]
-        need = "distribution" if any(a.term.needs.teacher == "distribution" for a in asking) else "token"
+        whole = any(a.term.needs.teacher == "distribution" for a in asking)
+        teacher = self.parts.teachers[name]
+        need = "token" if not whole else "distribution" if teacher.gives.distribution else "few"
         wanted_N = torch.stack([a.wanted_N(rollouts.row_N, rollouts.rows) for a in asking]).any(0)
         return self.parts.teachers[name].score(rollouts, wanted_N, need, self.recipe.rollout.temperature)
 

@@ -13,7 +13,7 @@ from kdrl.config import Config
 from kdrl.errors import UserError
 from kdrl.seeds import derive
 
-By = Literal["difference", "ddk", "success", "perplexity", "length", "diversity", "ngram"]
+By = Literal["difference", "ddk", "success", "perplexity", "length", "diversity", "coverage", "ngram"]
 
 # Selector -> (options it takes, groups of which at least one must be given).
 _OPTIONS: dict[str, tuple[set[str], tuple[set[str], ...]]] = {
@@ -23,6 +23,7 @@ _OPTIONS: dict[str, tuple[set[str], tuple[set[str], ...]]] = {
     "success": ({"low", "high", "traces"}, ({"low", "high"},)),
     "ddk": ({"keep", "domain", "alpha", "probe"}, ()),
     "diversity": ({"keep", "per_prompt"}, ({"keep", "per_prompt"},)),
+    "coverage": ({"keep"}, ({"keep"},)),
     "ngram": ({"keep", "target"}, ({"keep"}, {"target"})),
 }
 _ALWAYS = {"by", "scores", "seed"}

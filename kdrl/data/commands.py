@@ -162,6 +162,8 @@ perplexity   the least perplexing rows, or those within the bounds          --ke
 length       the shortest rows in tokens, or those within the bounds        --keep, or --low, --high
 diversity    the farthest-apart traces of each prompt or of all rows:       --per-prompt or --keep
              greedy k-center, edit distance over words (DED, 2508.09883)
+coverage     rows whose first-token probabilities under the teacher cover    --keep, teacher
+             those of all: greedy k-center (PCoreSet, 2506.00910)
 ngram        rows drawn by hashed n-gram importance (DSIR, 2302.03169)      --target, --keep
 
 Teacher and reference are the recipe's teacher and student where --teacher and --reference do not name others. Losses
@@ -182,7 +184,9 @@ def select_command(
     data: Annotated[Path, typer.Argument(help="Data file or folder, recipe, or task file (YAML).")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.columns.solution=text.")] = None,
     output: Annotated[Path, typer.Option(help="New file: .jsonl, .json, .csv or .parquet.")] = ...,  # type: ignore[assignment]
-    by: Annotated[str, typer.Option(help="difference, ddk, success, perplexity, length, diversity or ngram.")] = ...,  # type: ignore[assignment]
+    by: Annotated[
+        str, typer.Option(help="difference, ddk, success, perplexity, length, diversity, coverage or ngram.")
+    ] = ...,  # type: ignore[assignment]
     keep: Annotated[str | None, typer.Option(help="A share (0.5) or a number (1000) of rows.")] = None,
     reverse: Annotated[bool, typer.Option("--reverse", help="Keep the other end of the scores.")] = False,
     low: Annotated[float | None, typer.Option(help="Least score kept: success, perplexity, length.")] = None,

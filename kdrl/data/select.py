@@ -1,6 +1,6 @@
 """Keep or weigh the rows of a data set by scores of a teacher and a small reference model, or of the text alone.
 
-Left out: coverage of teacher features (PCoreSet), documents without a prompt, and scores kept between calls.
+Left out: documents without a prompt, and scores kept between calls.
 """
 
 from __future__ import annotations
@@ -10,20 +10,23 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kdrl.build import resolve_device
 from kdrl.data.choosing import SelectConfig, domain_shares, kept_count, resample
+from kdrl.data.coverage import first_token_probabilities
 from kdrl.data.inputs import Inputs
 from kdrl.data.rows import Row, check_output, load_rows, write_rows
 from kdrl.data.scoring import TextScores, response_ids, score_rows
 from kdrl.data.store import read_state
-from kdrl.data.text import farthest_apart, gumbel_top, ngram_importance
+from kdrl.data.text import farthest_apart, gumbel_top, k_center, ngram_importance
 from kdrl.errors import UserError
-from kdrl.models import TeacherModelConfig, load_model
+from kdrl.models import LoadedModel, TeacherModelConfig, load_model
 from kdrl.models.loading import load_tokenizer
 from kdrl.seeds import derive
 from kdrl.tasks.base import problem_id
@@ -118,6 +121,7 @@ class _Chooser:
             "ddk": {"teacher", "reference"},
             "perplexity": {self.config.of},
             "length": {"teacher"},
+            "coverage": {"teacher"},
         }.get(self.config.by, set())
         for role, name in self.named.items():
             if name is not None and role not in takes:
@@ -144,19 +148,23 @@ class _Chooser:
             response_ids(tokenizer, self.rows[i])
         return self._scores("teacher", indices), self._scores("reference", indices)
 
-    def _scores(self, role: str, indices: Sequence[int]) -> TextScores:
-        section = self._section(role)
+    def _asked(self, role: str, job: Callable[[LoadedModel], Any]) -> Any:
+        """What a job makes of a model, which is held no longer than it: one model at a time."""
         device = resolve_device(self.inputs.device)
-        loaded = load_model(section, device, trainable=False, seed=self.inputs.seed)
-        rows = [self.rows[i] for i in indices]
-        found = score_rows(loaded, rows, progress=lambda done, total: self.progress(role, done, total))
-        if found.unscored:
-            self.notes.append(f"the {role} cannot score {found.unscored} rows: empty, or longer than its context")
-        # One model at a time is held.
+        loaded = load_model(self._section(role), device, trainable=False, seed=self.inputs.seed)
+        found = job(loaded)
         del loaded
         gc.collect()
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
+        return found
+
+    def _scores(self, role: str, indices: Sequence[int]) -> TextScores:
+        rows = [self.rows[i] for i in indices]
+        follow = partial(self.progress, role)
+        found: TextScores = self._asked(role, lambda loaded: score_rows(loaded, rows, progress=follow))
+        if found.unscored:
+            self.notes.append(f"the {role} cannot score {found.unscored} rows: empty, or longer than its context")
         return found
 
     def _by_score(self, score: Scores, unit: str, columns: dict[str, list[Any]], *, largest: bool) -> Choice:
@@ -245,6 +253,22 @@ class _Chooser:
                 self.progress("prompts", number + 1, len(groups))
         unit = "edit distance to the nearest other one that is kept"
         return Choice(sorted(kept), score, unit, {"distance": score}, notes=self.notes)
+
+    def _coverage(self) -> Choice:
+        """Greedy k-center over the teacher's first-token probabilities (PCoreSet, 2506.00910)."""
+        follow = partial(self.progress, "teacher")
+        places, p_NK = self._asked(
+            "teacher", lambda loaded: first_token_probabilities(loaded, self.rows, progress=follow)
+        )
+        if left_out := len(self.rows) - len(places):
+            self.notes.append(f"the teacher cannot read {left_out} prompts: longer than its context")
+        count = self._count(len(places))
+        found = k_center(len(places), lambda i: np.linalg.norm(p_NK - p_NK[i], axis=1), count) if places else {}
+        score: Scores = [None] * len(self.rows)
+        for place, distance in found.items():
+            score[places[place]] = distance
+        unit = "distance of the teacher's probabilities to the nearest other kept row's"
+        return Choice(sorted(places[i] for i in found), score, unit, {"distance": score}, notes=self.notes)
 
     def _ngram(self) -> Choice:
         config = self.config

@@ -43,25 +43,34 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> float:
 def farthest_apart(
     texts: Sequence[str], count: int, progress: Callable[[int, int], None] | None = None
 ) -> dict[int, float | None]:
+    """`k_center` of texts by edit distance over words."""
+    split = [words(text) for text in texts]
+    return k_center(
+        len(texts), lambda index: np.array([edit_distance(split[index], other) for other in split]), count, progress
+    )
+
+
+def k_center(
+    size: int,
+    distances: Callable[[int], NDArray[np.float64]],
+    count: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[int, float | None]:
     """Greedy k-center: `count` indices in the order chosen, each with its distance to the nearest other one chosen.
 
-    Begins with the text farthest from the first one; ties go to the earlier text. The distance is None where one text
-    alone is chosen. The covering radius is at most twice the best possible.
+    `distances(i)` are those of all `size` points from point i. Begins with the point farthest from the first one; ties
+    go to the earlier one. The distance is None where one point alone is chosen. The covering radius is at most twice
+    the best possible.
     """
-    split = [words(text) for text in texts]
-
-    def distances(index: int) -> NDArray[np.float64]:
-        return np.array([edit_distance(split[index], other) for other in split])
-
     first = int(distances(0).argmax())
     chosen: dict[int, float | None] = {first: None}
     nearest_B = distances(first)
-    while len(chosen) < min(count, len(texts)):
+    while len(chosen) < min(count, size):
         nearest_B[list(chosen)] = -1.0
         new = int(nearest_B.argmax())
         apart_B = distances(new)
         for index, nearest in chosen.items():
-            chosen[index] = min(float(apart_B[index]), 1.0 if nearest is None else nearest)
+            chosen[index] = min(float(apart_B[index]), math.inf if nearest is None else nearest)
         chosen[new] = float(nearest_B[new])
         nearest_B = np.minimum(nearest_B, apart_B)
         if progress is not None:

@@ -61,6 +61,9 @@ class Needs:
     """What a term must be given beside the student's own log-probs."""
 
     teacher: Literal["token", "distribution"] | None = None
+    few: Literal["topk", "draws"] | None = None
+    """What of the teacher would do in place of its distribution, `few_count` of them."""
+    few_count: int = 0
     reference: Literal["token", "distribution"] | None = None
     entropy: bool = False
     rewards: bool = False

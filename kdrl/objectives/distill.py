@@ -16,7 +16,7 @@ from kdrl.objectives.estimators import importance_ratio, token_loss
 from kdrl.objectives.logspace import finite
 from kdrl.objectives.scores import Score, Tokens, column
 from kdrl.objectives.specs import Divergence
-from kdrl.objectives.support import Covered, cover, draw_weights, drawn_forward_kl, listwise
+from kdrl.objectives.support import Covered, Few, cover, cover_few, draw_weights, drawn_forward_kl, listwise
 from kdrl.objectives.support_specs import Support, refuse_untaught
 from kdrl.objectives.target import Target, label_and_rest, rescaling, student_view, teacher_view
 
@@ -85,6 +85,17 @@ class DistillConfig(TermConfig):
         return found if self.target.changes else found | {"target"}
 
     @property
+    def few(self) -> Literal["topk", "draws"] | None:
+        """Whether the teacher's likeliest tokens, or draws of it, are all that this reads of its distribution."""
+        reads = set[str]().union(*(score.reads for score in self.expressions))
+        support, kind = self.support, self.divergence.kind
+        if self.target.changes or reads & {"distributions", "entries"} or kind in ("rank", "preference"):
+            return None
+        if support.kind == "draws":
+            return "draws"
+        return "topk" if support.kind == "topk" and support.of == "teacher" else None
+
+    @property
     def expressions(self) -> list[Score]:
         """Every score expression of the term."""
         target, decouple = self.target, self.target.decouple
@@ -114,6 +125,18 @@ def _compare(config: DistillConfig, tokens: Tokens, logp: Tensor, logq: Tensor) 
     return divergence_of(config.divergence, covered.logp, covered.logq, tokens.moment, gate_of), covered
 
 
+def _from_few(config: DistillConfig, few: Few, tokens: Tokens, logq_CV: Tensor) -> tuple[Tensor, Covered]:
+    """The divergence from a teacher that gives some outcomes alone."""
+    if few.weight_NK is not None:
+        logq_CK = logq_CV.gather(-1, few.ids_NK)
+        loss = (few.weight_NK * (finite(few.logp_NK) - finite(logq_CK))).sum(-1)
+        real = few.weight_NK > 0
+        return loss, Covered(few.logp_NK, logq_CK, *((x.detach().exp() * real).sum(-1) for x in (few.logp_NK, logq_CK)))
+    covered = cover_few(config.support, few, logq_CV)
+    gated = divergence_of(config.divergence, covered.logp, covered.logq, tokens.moment, lambda gate, p, q: gate(tokens))
+    return gated, covered
+
+
 def _decoupled(config: DistillConfig, tokens: Tokens, logp: Tensor, logq: Tensor) -> Tensor:
     decouple, moment = config.target.decouple, tokens.moment
     assert decouple is not None
@@ -130,6 +153,10 @@ def _decoupled(config: DistillConfig, tokens: Tokens, logp: Tensor, logq: Tensor
 
 def distribution_loss(config: DistillConfig, tokens: Tokens, logq_CV: Tensor) -> Tensor:
     """Divergence, teacher mass and student mass covered, `[C, 3]`, over `full`, `topk` or `draws` support."""
+    if tokens.few is not None:
+        loss, covered = _from_few(config, tokens.few, tokens, logq_CV)
+        loss = column(config.scale(tokens), loss) * loss
+        return torch.stack([loss, covered.mass_p.to(loss.dtype), covered.mass_q.to(loss.dtype)], -1)
     logp, logq = teacher_view(config.target, tokens), student_view(config.target, tokens, logq_CV)
     if config.target.decouple is not None:
         loss, one = _decoupled(config, tokens, logp, logq), torch.ones_like(logq[:, 0])
@@ -152,7 +179,11 @@ class Distill(Term[DistillConfig]):
     def needs(self) -> Needs:
         """Teacher log-probs of the sampled tokens, or its distribution; the initial student's under a product."""
         need = "token" if self.config.support.kind == "token" else "distribution"
-        return Needs(teacher=need, reference=None if self.config.target.product is None else need)
+        few = self.config.few
+        count = (self.config.support.k or self.config.support.n or 0) if few else 0
+        return Needs(
+            teacher=need, few=few, few_count=count, reference=None if self.config.target.product is None else need
+        )
 
     @property
     def expressions(self) -> list[Score]:

@@ -11,7 +11,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import PlainSerializer, PlainValidator
@@ -22,6 +22,9 @@ from kdrl.objectives.adaptive import ADAPTIVE
 from kdrl.objectives.schedules import SCHEDULES, START, Moment, Schedule
 from kdrl.registry import Registry
 
+if TYPE_CHECKING:
+    from kdrl.objectives.support import Few
+
 Reads = Literal["data", "student", "teacher", "distributions", "entries", "batch"]
 NESTED = ("of", "where", "by")
 
@@ -31,7 +34,8 @@ class Tokens:
     """What scores may look at: C tokens with data about them, and where a term compares them, both distributions.
 
     `logq_C` and `logp_C` are log-probs of the tokens themselves, `reference_CV` those of the initial student,
-    `uniform_CK` numbers to draw with, `temperature` the policy's; `measured` holds scores of the whole step by key.
+    `uniform_CK` numbers to draw with, `few` some of the teacher's outcomes where it gives no distribution,
+    `temperature` the policy's; `measured` holds scores of the whole step by key.
     """
 
     data: Mapping[str, Tensor]
@@ -44,6 +48,7 @@ class Tokens:
     reference_CV: Tensor | None = None
     uniform_CK: Tensor | None = None
     temperature: float = 1.0
+    few: Few | None = None
     measured: Mapping[str, Tensor] = field(default_factory=dict)
     moment: Moment = START
 

@@ -5,6 +5,7 @@ What a truncation does to the gradient is stated at each; `Covered` says how muc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,24 @@ class Covered:
     logq: Tensor
     mass_p: Tensor
     mass_q: Tensor
+
+
+@dataclass(frozen=True)
+class Few:
+    """What a teacher gives that cannot give its distribution: some tokens `[N, K]` and their log-probs.
+
+    Its likeliest ones in falling order; or draws, each distinct token once, with `weight` w for a sum of w (log p -
+    log q) that is KL(p||q) in expectation (unused places have weight 0).
+    """
+
+    ids_NK: Tensor
+    logp_NK: Tensor
+    weight_NK: Tensor | None = None
+
+    def at(self, index: Tensor) -> Few:
+        """The rows of some tokens."""
+        weight = None if self.weight_NK is None else self.weight_NK[index]
+        return Few(self.ids_NK[index], self.logp_NK[index], weight)
 
 
 def _tail(logp_NV: Tensor, inside_NV: Tensor) -> Tensor:
@@ -69,8 +88,20 @@ def cover(support: Support, logp_NV: Tensor, logq_NV: Tensor) -> Covered:
         return Covered(logp_NV, logq_NV, one, one)
     assert support.k is not None
     ids_NK = teacher_topk(logp_NV if support.of == "teacher" else logq_NV.detach(), support.k)
-    logp_NK, logq_NK = logp_NV.gather(-1, ids_NK), logq_NV.gather(-1, ids_NK)
-    kept_NK = None
+    whole = ids_NK.shape[-1] == logp_NV.shape[-1]
+    return _within(support, ids_NK, logp_NV.gather(-1, ids_NK), logq_NV, whole, lambda at_NV: _tail(logp_NV, at_NV))
+
+
+def _within(
+    support: Support,
+    ids_NK: Tensor,
+    logp_NK: Tensor,
+    logq_NV: Tensor,
+    whole: bool,
+    tail_of_p: Callable[[Tensor], Tensor],
+) -> Covered:
+    """Both sides over the tokens `ids` and what `rest` says of all others; `whole` when there are no others."""
+    logq_NK, kept_NK = logq_NV.gather(-1, ids_NK), None
     if support.top_p is not None:
         kept_NK = _nucleus(logp_NK, support.top_p)
         logp_NK, logq_NK = (x.masked_fill(~kept_NK, -torch.inf) for x in (logp_NK, logq_NK))
@@ -79,11 +110,27 @@ def cover(support: Support, logp_NV: Tensor, logq_NV: Tensor) -> Covered:
         logp_NK = finite(logp_NK).log_softmax(-1)
     elif support.rest == "renormalise":
         logp_NK, logq_NK = (finite(x).log_softmax(-1) for x in (logp_NK, logq_NK))
-    elif support.rest == "tail" and (ids_NK.shape[-1] < logp_NV.shape[-1] or kept_NK is not None):
-        inside_NV = _inside(logp_NV, ids_NK, kept_NK)
-        logp_NK = torch.cat([logp_NK, _tail(logp_NV, inside_NV)], -1)
+    elif support.rest == "tail" and (not whole or kept_NK is not None):
+        inside_NV = _inside(logq_NV, ids_NK, kept_NK)
+        logp_NK = torch.cat([logp_NK, tail_of_p(inside_NV)], -1)
         logq_NK = torch.cat([logq_NK, _tail(logq_NV, inside_NV)], -1)
     return Covered(logp_NK, logq_NK, mass_p, mass_q)
+
+
+def cover_few(support: Support, few: Few, logq_NV: Tensor) -> Covered:
+    """`cover` from a teacher that gives its likeliest tokens alone; its tail is what they leave of one.
+
+    Near a mass of one that difference has few digits, which `cover` avoids by summing the outcomes.
+    """
+    assert support.k is not None
+    ids_NK, logp_NK = few.ids_NK[:, : support.k], few.logp_NK[:, : support.k]
+
+    def tail_of_p(inside_NV: Tensor) -> Tensor:
+        kept_NK = inside_NV.gather(-1, ids_NK)
+        mass_N1 = (logp_NK.exp() * kept_NK).sum(-1, keepdim=True).clamp(max=1.0)
+        return finite(torch.log1p(-mass_N1))
+
+    return _within(support, ids_NK, logp_NK, logq_NV, ids_NK.shape[-1] == logq_NV.shape[-1], tail_of_p)
 
 
 def drawn_forward_kl(support: Support, logp_NV: Tensor, logq_NV: Tensor, uniform_NK: Tensor) -> Covered:

@@ -58,7 +58,7 @@ def start(paths: list[str], scorer: bytes, parent: int) -> None:
     """Load the scorer before the first clock starts; a failure is kept and told with every result."""
     import resource
 
-    # The pool ignores Ctrl-C in its workers; until then it was blocked, and what a verifier starts must not inherit that.
+    # Ignored as in all workers of the pool; it was blocked so far, which what a verifier starts must not inherit.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -10,12 +10,37 @@ import torch
 from torch import Tensor
 
 from kdrl.batch import Rollouts
+from kdrl.objectives.base import Needs
 from kdrl.objectives.head import Comparison, Head
 from kdrl.objectives.schedules import START, Moment
 from kdrl.objectives.scores import Tokens
+from kdrl.objectives.support import Few
 
-# `token`: log-probs of the sampled tokens; `distribution`: hidden states and head too, never N x V logits.
-Need = Literal["token", "distribution"]
+# `token`: log-probs of the sampled tokens; `few`: some outcomes too; `distribution`: hidden states and head too, never
+# N x V logits.
+Need = Literal["token", "few", "distribution"]
+
+
+@dataclass(frozen=True)
+class Gives:
+    """What a teacher can give beside log-probs of the sampled tokens."""
+
+    distribution: bool = True
+    topk: int = 0
+    draws: int = 0
+
+    def serves(self, needs: Needs) -> bool:
+        """Whether a term that needs this can be trained with it."""
+        if needs.teacher != "distribution" or self.distribution:
+            return True
+        return needs.few is not None and {"topk": self.topk, "draws": self.draws}[needs.few] >= needs.few_count
+
+    def __str__(self) -> str:
+        parts = ["log-probs of the sampled tokens"]
+        parts += [f"its {self.topk} likeliest tokens"] if self.topk else []
+        parts += [f"{self.draws} draws"] if self.draws else []
+        parts += ["its whole distribution"] if self.distribution else []
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -34,7 +59,8 @@ class Given:
 class Evidence:
     """A teacher's scores of some of a step's N response tokens.
 
-    `logp_N` is the sampled token's log-prob (0 where not scored), `where_N` the row of each token in `hidden_MD` or -1.
+    `logp_N` is the sampled token's log-prob (0 where not scored), `where_N` the row of each token in `hidden_MD` or
+    `few`, or -1.
     """
 
     logp_N: Tensor
@@ -43,6 +69,7 @@ class Evidence:
     hidden_MD: Tensor | None = None
     head: Head | None = None
     temperature: float = 1.0
+    few: Few | None = None
 
     @property
     def scored_N(self) -> Tensor:
@@ -73,9 +100,13 @@ class Evidence:
         return within
 
     def _tokens(self, index_C: Tensor, logq_CV: Tensor, given: Given) -> Tokens:
-        logp_CV = self.logp(index_C, logq_CV)
+        few = None if self.few is None else self.few.at(self.where_N[index_C])
+        logp_CV = self.logp(index_C, logq_CV) if few is None else None
         token_C = given.tokens_N[index_C]
-        logq_C, logp_C = (x.gather(-1, token_C[:, None]).squeeze(-1) for x in (logq_CV, logp_CV))
+        logq_C = logq_CV.gather(-1, token_C[:, None]).squeeze(-1)
+        # From the distribution where there is one, so that both sides are rounded alike.
+        stored_C = self.logp_N[index_C].to(logq_C.dtype)
+        logp_C = stored_C if logp_CV is None else logp_CV.gather(-1, token_C[:, None]).squeeze(-1)
         reference = given.reference
         known = reference is not None and reference.hidden_MD is not None
         return Tokens(
@@ -86,6 +117,7 @@ class Evidence:
             logp_CV=logp_CV,
             logq_CV=logq_CV,
             reference_CV=reference.logp(index_C, logq_CV) if known and reference is not None else None,
+            few=few,
             uniform_CK=None if given.uniform_NK is None else given.uniform_NK[index_C],
             temperature=self.temperature,
             measured={key: values_N[index_C] for key, values_N in given.measured.items()},
@@ -95,6 +127,11 @@ class Evidence:
 
 class Teacher(Protocol):
     """Scores response tokens; never trained."""
+
+    @property
+    def gives(self) -> Gives:
+        """What it can be asked for."""
+        ...
 
     def score(self, rollouts: Rollouts, keep_N: Tensor, need: Need, temperature: float) -> Evidence:
         """Score the tokens that `keep_N` marks, and only responses that have one."""

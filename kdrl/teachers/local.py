@@ -17,13 +17,14 @@ from kdrl.batch import MicroBatch, Rollouts, lay_out, pack_rows
 from kdrl.errors import UserError
 from kdrl.models import LoadedModel, head_of, hidden_states
 from kdrl.objectives.head import Head, score_tokens
-from kdrl.teachers.base import Evidence, Need
+from kdrl.teachers.base import Evidence, Gives, Need
 
 
 class LocalTeacher:
     """A frozen model that reads the same token ids as the student, `budget` padded tokens at a time."""
 
     privileged = False
+    gives = Gives()
 
     def __init__(self, loaded: LoadedModel, budget: int) -> None:
         self.loaded = loaded
