@@ -184,9 +184,7 @@ def select_command(
     data: Annotated[Path, typer.Argument(help="Data file or folder, recipe, or task file (YAML).")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.columns.solution=text.")] = None,
     output: Annotated[Path, typer.Option(help="New file: .jsonl, .json, .csv or .parquet.")] = ...,  # type: ignore[assignment]
-    by: Annotated[
-        str, typer.Option(help="difference, ddk, success, perplexity, length, diversity, coverage or ngram.")
-    ] = ...,  # type: ignore[assignment]
+    by: Annotated[str, typer.Option(help="The selector; see above.")] = ...,  # type: ignore[assignment]
     keep: Annotated[str | None, typer.Option(help="A share (0.5) or a number (1000) of rows.")] = None,
     reverse: Annotated[bool, typer.Option("--reverse", help="Keep the other end of the scores.")] = False,
     low: Annotated[float | None, typer.Option(help="Least score kept: success, perplexity, length.")] = None,

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CHARACTERS, MODEL, raw_recipe, sharpen
@@ -21,13 +22,14 @@ from tiny import CHARACTERS, MODEL, raw_recipe, sharpen
 from data.making import read, task_file, write
 from kdrl.cli import main
 from kdrl.data.choosing import SelectConfig, domain_shares, kept_count, parse_keep, quotas, resample
+from kdrl.data.coverage import first_token_probabilities
 from kdrl.data.inputs import checked_options, open_inputs
 from kdrl.data.report import numbers
 from kdrl.data.rows import load_rows
 from kdrl.data.scoring import score_rows
 from kdrl.data.select import Selection, select
 from kdrl.errors import UserError
-from kdrl.models import ModelConfig, NewModel, NewTokenizer, load_model, save_final
+from kdrl.models import LoadedModel, ModelConfig, NewModel, NewTokenizer, encode_prompt, load_model, save_final
 from kdrl.tasks import TaskConfig, build_task, take
 from kdrl.tasks.streams import WeightedStream
 
@@ -197,6 +199,47 @@ def test_diversity_within_each_prompt(tmp_path: Path):
     rows = [{"prompt": p, "answer": "0", "response": t, "correct": True} for p, all_of in texts.items() for t in all_of]
     assert choose(tmp_path, rows, by="diversity", per_prompt=2).choice.kept == [0, 2, 3, 4, 6]
     assert len(choose(tmp_path, rows, by="diversity", keep=3).choice.kept) == 3
+
+
+def teacher_of(models: dict[str, str], folder: Path) -> LoadedModel:
+    section = open_inputs(folder / "in.jsonl").model_section(models["teacher"])
+    return load_model(section, "cpu", trainable=False, seed=0)
+
+
+def test_coverage_keeps_prompts_that_the_teacher_answers_differently(models: dict[str, str], tmp_path: Path):
+    """Against a plain forward of every prompt; of a prompt and its copy, which rounding tells apart, one is kept."""
+    rows = [{**row, "answer": "0"} for row in ROWS[:9]] * 2
+    found = choose(tmp_path, rows, by="coverage", keep=5, teacher=models["teacher"], scores=True)
+    loaded = teacher_of(models, tmp_path)
+    with torch.no_grad():
+        p = [
+            loaded.model(torch.tensor([encode_prompt(loaded, row["prompt"])])).logits[0, -1, : loaded.vocab_size]
+            for row in rows
+        ]
+    p_NV = torch.stack(p).double().softmax(-1)
+    apart = torch.cdist(p_NV, p_NV)
+    chosen = [int(apart[0].argmax())]
+    while len(chosen) < 5:
+        chosen.append(int(apart[chosen].amin(0).argmax()))
+    kept = found.choice.kept
+    assert {i % 9 for i in kept} == {i % 9 for i in chosen}
+    assert len({i % 9 for i in chosen}) == 5
+    nearest = [min(float(apart[i, j]) for j in kept if j != i) for i in kept]
+    assert [row["distance"] for row in read(tmp_path / "out.jsonl")] == pytest.approx(nearest, rel=1e-4)
+
+
+def test_coverage_takes_the_likeliest_tokens_and_the_rest_as_one(models: dict[str, str], tmp_path: Path):
+    rows, _ = load_rows(open_inputs(write(tmp_path / "in.jsonl", ROWS)).task)
+    loaded = teacher_of(models, tmp_path)
+    seen: list[tuple[int, int]] = []
+    places, whole = first_token_probabilities(loaded, rows, progress=lambda done, total: seen.append((done, total)))
+    _, few = first_token_probabilities(loaded, rows, outcomes=3, budget=8)
+    assert places == list(range(49))
+    assert whole.sum(-1) == pytest.approx(1.0)
+    assert few[:, :3] == pytest.approx(whole[:, :3], abs=1e-6)
+    assert few[:, 3] == pytest.approx(whole[:, 3:].sum(-1), abs=1e-6)
+    assert (whole[:, :3].mean(0) >= whole[:, 3:-1].mean(0).max()).all()
+    assert seen[-1] == (98, 98)
 
 
 def test_ngram_draws_rows_like_the_target(tmp_path: Path):
