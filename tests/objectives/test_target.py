@@ -12,11 +12,12 @@ from pydantic import ValidationError
 
 import kdrl
 from kdrl.errors import UserError
-from kdrl.objectives.distill import DistillConfig
+from kdrl.objectives.base import Needs
+from kdrl.objectives.distill import Distill, DistillConfig
 from kdrl.objectives.schedules import Moment
 
 from .numbers import Array, ab, entropy, kdrl_of, kl, norm, pair, sm, stepped, term_of
-from .reference import close
+from .reference import close, token_view
 
 TEACHER, STUDENT = pair(11)
 REFERENCE = pair(12)[1]
@@ -208,6 +209,21 @@ def test_the_product_of_sampled_tokens(token: str):
     for y in FEW:
         _, gradient = kdrl_of(spec, TEACHER, STUDENT, y, reference=REFERENCE)
         close(gradient, -ratio[y] * (np.eye(9)[y] - q))
+
+
+def test_a_run_reads_the_product_from_both_teachers_scores_of_the_token():
+    eta, at = 1.5, torch.tensor([0, 5, 8])
+    logp, logr, z = (torch.tensor(x) for x in (TEACHER, REFERENCE, STUDENT))
+    spec = {"support": {"token": "k2"}, "clamp": None, "target": {"product": eta}}
+    leaf = z.clone().requires_grad_()
+    view = token_view(
+        leaf.log_softmax(-1)[at], teacher_N=logp.log_softmax(-1)[at], reference_N=logr.log_softmax(-1)[at]
+    )
+    term = Distill(DistillConfig.model_validate(spec))
+    assert term.needs == Needs(teacher="token", reference="token")
+    term.loss(view).sum().backward()
+    expected = sum(kdrl_of(spec, TEACHER, STUDENT, int(y), reference=REFERENCE)[1] for y in at)
+    close(leaf.grad, expected)
 
 
 def test_a_product_without_the_initial_student_is_refused():
