@@ -1,4 +1,4 @@
-"""The one exception that means "the person at the keyboard can mend this"."""
+"""Errors that are told as one sentence: what the person at the keyboard can mend, and what stops a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """A mistake in a recipe, a file or an option; the text says what, where and what to do. Exit status 2."""
+
+
+class RunError(Exception):
+    """The run cannot go on, through no mistake in the recipe; the text says what was saved. Exit status 1."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

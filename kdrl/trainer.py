@@ -19,7 +19,7 @@ import torch
 from kdrl.batch import Response, Rollouts
 from kdrl.calibration import calibrate
 from kdrl.checkpoint import Checkpoints, Loaded, flatten_optimizer, restore_optimizer
-from kdrl.errors import UserError
+from kdrl.errors import RunError, UserError
 from kdrl.measuring import measure_scores
 from kdrl.metrics import balance, step_row
 from kdrl.models import LoadedModel
@@ -33,10 +33,6 @@ from kdrl.teachers import Evidence, Teacher
 from kdrl.teachers.beside import Beside
 from kdrl.update import Scored, Tally, Updater
 from kdrl.watch import Watch
-
-
-class RunError(Exception):
-    """The run cannot go on, through no mistake in the recipe; the text says what was saved. Exit status 1."""
 
 
 class InterruptedRunError(Exception):

@@ -13,6 +13,7 @@ from kdrl.models.config import TeacherModelConfig
 from kdrl.objectives.base import ScheduleField
 from kdrl.objectives.schedules import Schedule
 from kdrl.teachers.prepare import Prepare, read_prepare, write_prepare
+from kdrl.teachers.served_config import ServedConfig
 
 SHOWN = ("prompt", "answer", "solution", "feedback", "sibling")
 """What a context template may name."""
@@ -83,3 +84,12 @@ class TeacherConfig(TeacherModelConfig):
 
     prepare: PrepareField | None = None
     """What is learned around the frozen teacher before each step, as in {soft_prompt: {tokens: 7, lr: 5.0e-5}}."""
+    served: ServedConfig | None = None
+    """The teacher is on a server, as in {urls: [http://HOST:8000]}; `model` then names its tokenizer, and weights for
+    the parity check where they are at hand."""
+
+    @model_validator(mode="after")
+    def _elsewhere(self) -> TeacherConfig:
+        if self.served is not None and self.prepare is not None:
+            raise ValueError("`prepare` adapts a teacher in this process, and a served one is elsewhere; remove one")
+        return self
