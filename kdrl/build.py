@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from kdrl.checkpoint import Checkpoints
-from kdrl.checks import build_objective, needs_rewards, self_terms, teacher_terms
+from kdrl.checks import build_objective, needs_rewards, self_terms
 from kdrl.engines import TorchEngine
 from kdrl.errors import UserError
 from kdrl.evaluation import EvaluateConfig, EvaluationResult, evaluate_loaded, pick_problems
@@ -19,7 +20,7 @@ from kdrl.features.live import make_features
 from kdrl.held_out import solution_loss
 from kdrl.models import LoadedModel, encode_prompt, load_model
 from kdrl.objectives.schedules import Memory
-from kdrl.pairing import check_contexts, check_gives, check_lengths, check_pairing
+from kdrl.pairing import check_contexts, check_gives, check_lengths, check_numbers, pairing_checks
 from kdrl.recipe import Recipe
 from kdrl.rollouts import Collector
 from kdrl.score_checks import warnings_of
@@ -28,8 +29,21 @@ from kdrl.sources.build import Writers
 from kdrl.tasks import Problem, Task, VerifierPool, build_task
 from kdrl.tasks.base import take
 from kdrl.teachers import LocalTeacher, PreparedTeacher, ReferenceTeacher, SelfTeacher, Teacher
+from kdrl.teachers.checks import (
+    asked_models,
+    asked_teachers,
+    check_routes,
+    same_model,
+    section_of,
+    shares_student,
+)
+from kdrl.teachers.combined import CombinedConfig
 from kdrl.trainer import Parts
 from kdrl.update import Updater
+
+Check = Callable[[], Sequence[str] | None]
+Observe = Callable[[str, Check], None]
+"""Runs a named check, which raises UserError or returns notes: the doctor writes down what training stops at."""
 
 
 def resolve_device(name: str) -> str:
@@ -48,38 +62,49 @@ def resolve_device(name: str) -> str:
 class Builder:
     """Everything of one run, each part made once; verifier workers live until `stack` closes."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, stack: ExitStack) -> None:
+    def __init__(self, recipe: Recipe, run_dir: Path, stack: ExitStack, observe: Observe | None = None) -> None:
         self.recipe, self.run_dir = recipe, run_dir
         self.device = resolve_device(recipe.device)
         self.notes: list[str] = []
+        self._observe = observe or self._note
         self.objective = build_objective(recipe)
-        self.notes += warnings_of(self.objective)
+        self._observe("scores", lambda: warnings_of(self.objective))
         self.student = load_model(recipe.student, self.device, trainable=True, seed=recipe.seed)
-        self.teacher = self._load_teacher()
+        self.models = self._load_teachers()
+        self.teacher = self.models.get("teacher")
         self.task = self._task()
         self.pool = stack.enter_context(VerifierPool(recipe.task))
-        if recipe.student.dtype == "bfloat16" and recipe.student.lora is None:
-            self.notes.append(
-                "bfloat16 weights round small updates away (a step below 1/256 of a weight is lost); float32 with "
-                "student.autocast=bfloat16, or student.lora, learns at small rates too"
-            )
+        self._observe("numbers", lambda: check_numbers(recipe))
         self.engine = TorchEngine(self.student, recipe.rollout.rows, filtered_ok=recipe.rollout.filtered)
         self.writers = self._writers()
         self.stream = self.writers.problems(recipe.source)
         self._check_lengths()
         self._check_evaluation()
 
-    def _load_teacher(self) -> LoadedModel | None:
+    def _note(self, name: str, check: Check) -> None:
+        self.notes += check() or []
+
+    def _load_teachers(self) -> dict[str, LoadedModel]:
+        """The models of the teachers that are asked, by name, each checkpoint loaded once."""
         recipe = self.recipe
-        if recipe.teacher is None:
-            return None
-        asked = teacher_terms(self.objective) or recipe.source.settings.asks_teacher or recipe.evaluate.baselines
-        if not asked:
+        found: dict[str, LoadedModel] = {}
+        asked = asked_models(recipe, self.objective)
+        if recipe.teacher is not None and "teacher" not in asked:
             self.notes.append("the teacher is not loaded: no term asks it and it writes nothing")
-            return None
-        teacher = load_model(recipe.teacher, self.device, trainable=False, seed=recipe.seed)
-        self.notes += check_pairing(self.student, teacher)
-        return teacher
+        for name in asked:
+            section = section_of(recipe, name)
+            if shares_student(recipe, self.objective, name):
+                self.notes.append(f"{name} is the student's own base model: its weights are shared, adapters off")
+                continue
+            twin = next((n for n in found if same_model(section_of(recipe, n), section)), None)
+            if twin is not None:
+                self.notes.append(f"{name} is the same checkpoint as {twin} and is loaded once")
+                found[name] = found[twin]
+                continue
+            found[name] = load_model(section, self.device, trainable=False, seed=recipe.seed)
+            for what, check in pairing_checks(self.student, found[name]).items():
+                self._observe(what if name == "teacher" else f"{what} ({name})", check)
+        return found
 
     def _task(self) -> Task:
         @lru_cache(maxsize=4096)
@@ -94,17 +119,21 @@ class Builder:
         return build_task(self.recipe.task, self.recipe.seed, tokens)
 
     def _check_lengths(self) -> None:
-        models = {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
+        models = {"student": self.student} | self.models
         stream = self.stream
         # A generated task goes on for ever, so a sample has to do; of a file every problem is measured.
         problems = take(stream, 64 if stream.size is None else stream.size)
-        check_lengths(models, problems, self.recipe)
-        check_contexts(self.student, problems, self.recipe)
+        self._observe("context length", lambda: check_lengths(models, problems, self.recipe))
+        self._observe("self-teacher's context", lambda: check_contexts(self.student, problems, self.recipe))
+        self._observe("routes", lambda: check_routes(self.recipe, problems))
         if stream.skipped:
             counts = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in stream.skipped.items())
             self.notes.append(f"training problems left out: {counts}")
 
     def _check_evaluation(self) -> None:
+        self._observe("held-out problems", self._look_for_splits)
+
+    def _look_for_splits(self) -> None:
         # A missing split must not be found out after the training.
         config = self.recipe.evaluate
         for asked, split in ((config.every, config.split), (config.final_problems, "test")):
@@ -138,21 +167,30 @@ class Builder:
     def teachers(self) -> tuple[dict[str, Teacher], Teacher | None]:
         """The teachers that terms ask by name, and the frozen initial student where a term needs it."""
         budget = self.recipe.optimizer.micro_batch_tokens
-        found: dict[str, Teacher] = {}
-        if self.teacher is not None:
-            found["teacher"] = self._scoring_teacher(self.teacher, budget)
+        recipe = self.recipe
+        models = asked_models(recipe, self.objective)
+        members = {name: self._scoring_teacher(name, budget) for name in models}
+        found = {name: members[name] for name in asked_teachers(self.objective) if name in members}
+        for name in asked_teachers(self.objective):
+            section = recipe.teachers.get(name)
+            if isinstance(section, CombinedConfig):
+                found[name] = section.build(name, members)
         if self_terms(self.objective):
-            found["self"] = SelfTeacher(self.student, budget, self.recipe.self_teacher)
+            found["self"] = SelfTeacher(self.student, budget, recipe.self_teacher)
         for name, each in found.items():
-            check_gives(name, each.gives, self.objective)
+            self._observe(f"what {name} gives", partial(check_gives, name, each.gives, self.objective))
         leashed = any(t.needs.reference for t in self.objective.terms)
         return found, ReferenceTeacher(self.student, budget) if leashed else None
 
-    def _scoring_teacher(self, teacher: LoadedModel, budget: int) -> Teacher:
-        prepare = None if self.recipe.teacher is None else self.recipe.teacher.prepare
-        if prepare is None:
-            return LocalTeacher(teacher, budget)
-        return PreparedTeacher(teacher, budget, prepare.build(teacher, self.recipe.seed), self.student)
+    def _scoring_teacher(self, name: str, budget: int) -> Teacher:
+        section = section_of(self.recipe, name)
+        if name not in self.models:
+            return ReferenceTeacher(self.student, budget)
+        if section.prepare is None:
+            return LocalTeacher(self.models[name], budget)
+        return PreparedTeacher(
+            self.models[name], budget, section.prepare.build(self.models[name], self.recipe.seed), self.student
+        )
 
     def optimizer(self, updater: Updater) -> torch.optim.Optimizer:
         """AdamW with decay on matrices only; fused, which on a CPU takes a quarter of the time."""

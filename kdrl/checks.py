@@ -9,7 +9,7 @@ from kdrl.objectives.terms import TERMS, Distill, PolicyGradient, Preference, Re
 from kdrl.recipe import Recipe
 from kdrl.score_checks import check_scores, reads_rewards
 from kdrl.sources.checks import check_filtered_rewards, check_source, foreign_reason, own_samples
-from kdrl.teachers.checks import check_self_teacher
+from kdrl.teachers.checks import check_self_teacher, check_several, teacher_of
 
 OF_CORRECTNESS = {"wrong_response", "right_response", "wrong_group"}
 
@@ -21,13 +21,8 @@ def build_objective(recipe: Recipe) -> Objective:
 
 
 def teacher_terms(objective: Objective) -> list[Term]:
-    """Terms that ask the external teacher."""
-    return [
-        t
-        for t in objective.terms
-        if t.needs.features
-        or (t.needs.teacher is not None and not (isinstance(t, Distill) and t.config.teacher == "self"))
-    ]
+    """Terms that ask the teacher called `teacher`."""
+    return [t for t in objective.terms if teacher_of(t) == "teacher"]
 
 
 def self_terms(objective: Objective) -> list[Term]:
@@ -53,6 +48,7 @@ def check_recipe(recipe: Recipe) -> None:
     if not recipe.objective:
         raise UserError("the recipe has no objective: name a method (`kdrl methods` lists them) or give `objective`.")
     objective = build_objective(recipe)
+    check_several(recipe, objective)
     _check_teacher(recipe, objective)
     check_self_teacher(recipe, self_terms(objective))
     check_source(recipe)
@@ -81,7 +77,12 @@ def _check_extragradient(recipe: Recipe) -> None:
 def _check_teacher(recipe: Recipe, objective: Objective) -> None:
     asking = teacher_terms(objective)
     writes = recipe.source.settings.asks_teacher
-    if recipe.teacher is None and (asking or writes):
+    combined = "teacher" in recipe.teachers
+    if combined and recipe.teacher is not None:
+        raise UserError("teacher and teachers.teacher are two teachers of one name; give one of them another.")
+    if combined and writes:
+        raise UserError("the source has the teacher write, and several cannot write at once; let `teacher` be a model.")
+    if recipe.teacher is None and not combined and (asking or writes):
         who = f"{asking[0].name} term asks it" if asking else "source has it write"
         raise UserError(f"there is no teacher, but the {who}; add teacher.model=PATH_OR_ID.")
     if recipe.teacher is not None and recipe.teacher.prepare is not None and not asking:

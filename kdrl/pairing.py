@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from kdrl.errors import UserError
 from kdrl.models import LoadedModel, encode_prompt
@@ -12,11 +13,22 @@ from kdrl.sources.student import privileged_prompt
 from kdrl.tasks import Problem
 from kdrl.tasks.base import Prompt
 from kdrl.teachers.base import Gives
+from kdrl.teachers.checks import teacher_of
 from kdrl.teachers.context import assumed_context
 
 
 def check_pairing(student: LoadedModel, teacher: LoadedModel) -> list[str]:
     """Raise UserError when the teacher reads other tokens than the student writes; return what is only worth a note."""
+    return [note for check in pairing_checks(student, teacher).values() for note in check()]
+
+
+def pairing_checks(student: LoadedModel, teacher: LoadedModel) -> dict[str, Callable[[], list[str]]]:
+    """The checks of a pair by name, in order; each raises UserError or returns notes."""
+    checks = {"tokenizer": _check_tokens, "end token": _check_ends, "chat template": _templates, "vocabulary": _cut}
+    return {name: partial(check, student, teacher) for name, check in checks.items()}
+
+
+def _check_tokens(student: LoadedModel, teacher: LoadedModel) -> list[str]:
     mine, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     differing = sorted(t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t))
     if differing:
@@ -26,28 +38,39 @@ def check_pairing(student: LoadedModel, teacher: LoadedModel) -> list[str]:
             "A same-tokenizer loss would compare unrelated tokens; choose a teacher of the student's family, or use "
             "its text: source teacher with a cross_entropy term."
         )
+    return []
+
+
+def _check_ends(student: LoadedModel, teacher: LoadedModel) -> list[str]:
     if set(student.eos_ids).isdisjoint(teacher.eos_ids):
         names = [_tokens(m) for m in (student, teacher)]
         raise UserError(
             f"student and teacher end a response differently ({names[0]} and {names[1]}), so the teacher would punish "
             "every ending. Set teacher.eos or student.eos to a common token, or choose another pair."
         )
-    notes = []
     if student.eos_ids != teacher.eos_ids:
-        notes.append("student and teacher share only some end tokens; consider objective.distill.skip_eos=true")
+        return ["student and teacher share only some end tokens; consider objective.distill.skip_eos=true"]
+    return []
+
+
+def _templates(student: LoadedModel, teacher: LoadedModel) -> list[str]:
     if student.tokenizer.chat_template != teacher.tokenizer.chat_template:
-        notes.append("the teacher's chat template differs; it is shown prompts in the student's template")
+        return ["the teacher's chat template differs; it is shown prompts in the student's template"]
+    return []
+
+
+def _cut(student: LoadedModel, teacher: LoadedModel) -> list[str]:
     rows = [_rows(m) for m in (student, teacher)]
     if rows[0] != rows[1]:
-        notes.append(f"vocabulary rows {rows[0]} and {rows[1]} are both cut to the tokenizer's {student.vocab_size}")
-    return notes
+        return [f"vocabulary rows {rows[0]} and {rows[1]} are both cut to the tokenizer's {student.vocab_size}"]
+    return []
 
 
 def check_gives(who: str, gives: Gives, objective: Objective) -> None:
     """Raise UserError when a term asks more of the teacher `who` than it can give, with what would fit."""
     for name, active in zip(objective.names, objective.terms, strict=True):
         needs = active.needs
-        if needs.teacher is None or gives.serves(needs):
+        if teacher_of(active) not in (None, who) or needs.teacher is None or gives.serves(needs):
             continue
         fits = ["support: {token: k2} (reverse_kl) on the student's own responses"]
         fits += [f"support: {{topk: K}} with K up to {gives.topk}"] if gives.topk else []
@@ -75,6 +98,16 @@ def check_lengths(models: dict[str, LoadedModel], problems: Sequence[Problem], r
                 f"{recipe.rollout.max_new_tokens} make {need}; lower rollout.max_new_tokens or set "
                 "task.max_prompt_tokens."
             )
+
+
+def check_numbers(recipe: Recipe) -> list[str]:
+    """Notes on the formats that the models compute in."""
+    if recipe.student.dtype == "bfloat16" and recipe.student.lora is None:
+        return [
+            "bfloat16 weights round small updates away (a step below 1/256 of a weight is lost); float32 with "
+            "student.autocast=bfloat16, or student.lora, learns at small rates too"
+        ]
+    return []
 
 
 def check_contexts(student: LoadedModel, problems: Sequence[Problem], recipe: Recipe) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
 from kdrl.checkpoint import CheckpointConfig
 from kdrl.config import Config
@@ -25,6 +25,7 @@ from kdrl.plugins import load_plugins
 from kdrl.problems import explain_validation
 from kdrl.sources import SOURCES, SourceConfig
 from kdrl.tasks.config import TaskConfig
+from kdrl.teachers.combined import CombinedConfig, TeacherEntry, is_combined
 from kdrl.teachers.config import SelfTeacherConfig, TeacherConfig
 from kdrl.teachers.prepare import PREPARATIONS
 from kdrl.watch import LogConfig
@@ -157,6 +158,9 @@ class Recipe(Config):
     """The model that is trained."""
     teacher: TeacherConfig | None = None
     """The model that scores or writes; needed by distill terms and source teacher."""
+    teachers: dict[str, TeacherEntry] = Field(default_factory=dict)
+    """Further teachers by name, each as `teacher` or {route: ...}, {average: ...}, {best: ...} of others; a distill
+    term asks one by `teacher: NAME`. `teacher` itself may be such a combination."""
     self_teacher: SelfTeacherConfig = SelfTeacherConfig()
     """The student that distill terms with `teacher: self` ask; by default as it is, under the privileged prompt."""
     task: TaskConfig
@@ -174,6 +178,14 @@ class Recipe(Config):
     deviations: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Per method, dotted keys that this recipe sets otherwise than the method does, such as
     {kdrl: {objective.distill.weight: 0.5}}; printed as deviations at the start."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _combined_teacher(cls, raw: Any) -> Any:
+        # `teacher: {route: ...}` is one of `teachers` that happens to be called teacher.
+        if not (isinstance(raw, Mapping) and is_combined(raw.get("teacher"))):
+            return raw
+        return {**raw, "teacher": None, "teachers": {**(raw.get("teachers") or {}), "teacher": raw["teacher"]}}
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML that `load_recipe` reads back to the same recipe."""
@@ -277,6 +289,11 @@ def describe_terms() -> list[tuple[str, str, str]]:
 def describe_sources() -> list[tuple[str, str, str]]:
     """The settings of every kind of source, below its own name."""
     return [row for name in SOURCES for row in describe_fields(SOURCES.get(name), f"source.{name}.")]
+
+
+def describe_combinations() -> list[tuple[str, str, str]]:
+    """The settings of a teacher that is made of several."""
+    return describe_fields(CombinedConfig, "teachers.NAME.")
 
 
 def describe_preparations() -> list[tuple[str, str, str]]:

@@ -34,8 +34,9 @@ class DistillConfig(TermConfig):
     """Temperatures, power, label mix, decoupling, product with the initial student."""
     clamp: float | None = Field(default=10.0, gt=0.0)
     """Bound on the log-ratio R inside a sampled-token gradient; null for none (token support only)."""
-    teacher: Literal["teacher", "self"] = "teacher"
-    """`teacher`, or `self`: the student as it is, reading the privileged prompt (HDPO, OPSD), without gradient."""
+    teacher: str = "teacher"
+    """`teacher`, one of `teachers` by name, or `self`: the student as it is, reading the privileged prompt (HDPO,
+    OPSD), without gradient."""
     skip_eos: bool = False
     """Leave the final end-of-sequence token out (teacher and student that end differently)."""
     on: tuple[Origin, ...] = ("student", "gold", "teacher", "buffer", "speculative", "mixed", "corrupt")

@@ -32,7 +32,7 @@ class Active:
 
     @property
     def teacher(self) -> str | None:
-        """Which teacher the term asks: `teacher`, `self`, or none."""
+        """Which teacher the term asks: `teacher`, one of several by name, `self`, or none."""
         if self.term.needs.teacher is None:
             return None
         return self.term.config.teacher if isinstance(self.term, Distill) else "teacher"

@@ -76,6 +76,10 @@ class Evidence:
         """Tokens that the teacher scored, bool `[N]`."""
         return self.where_N >= 0
 
+    def parts(self, name: str) -> Mapping[str, Evidence]:
+        """The scores by teacher: itself under `name`, or those it is made of."""
+        return {name: self}
+
     @torch.no_grad()
     def logp(self, index_C: Tensor, like: Tensor) -> Tensor:
         """Log-probs `[C, V]` of scored tokens, of the type and on the device of `like`."""

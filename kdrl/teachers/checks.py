@@ -1,14 +1,21 @@
-"""Self-teachers that could teach nothing, refused before anything is loaded."""
+"""Which teachers a recipe asks, and those that could teach nothing, refused before anything is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from kdrl.errors import UserError
+from kdrl.errors import UserError, nearest
+from kdrl.models.config import TeacherModelConfig
 from kdrl.objectives.base import Term
+from kdrl.objectives.objective import Objective
+from kdrl.objectives.terms import Distill
 from kdrl.recipe import Recipe
-from kdrl.teachers.config import SelfTeacherConfig
+from kdrl.tasks.base import Problem
+from kdrl.teachers.combined import CombinedConfig
+from kdrl.teachers.config import SelfTeacherConfig, TeacherConfig
+from kdrl.teachers.route import route_of
 
 
 def check_self_teacher(recipe: Recipe, asking: Sequence[Term[Any]]) -> None:
@@ -46,3 +53,106 @@ def _check_context(recipe: Recipe, own: set[str]) -> None:
             "self_teacher.context shows {feedback} or {sibling}, and gold text is not verified; leave gold out of the "
             "`on` of the terms that ask the self-teacher."
         )
+
+
+def teacher_of(term: Term[Any]) -> str | None:
+    """The name of the teacher that a term asks: one of `teachers`, `teacher`, `self`, or none."""
+    if term.needs.features:
+        return "teacher"
+    if term.needs.teacher is None:
+        return None
+    return term.config.teacher if isinstance(term, Distill) else "teacher"
+
+
+def asked_teachers(objective: Objective) -> list[str]:
+    """Names of the teachers that terms ask, each once, the student itself left out."""
+    names = [teacher_of(term) for term in objective.terms]
+    return list(dict.fromkeys(name for name in names if name not in (None, "self")))
+
+
+def section_of(recipe: Recipe, name: str) -> TeacherConfig:
+    """The section of a teacher that is a model."""
+    section = recipe.teachers.get(name, recipe.teacher)
+    assert isinstance(section, TeacherConfig)
+    return section
+
+
+def asked_models(recipe: Recipe, objective: Objective) -> list[str]:
+    """Names of the models that score, write, or are measured beside the student, combinations resolved."""
+    names: list[str] = []
+    for name in asked_teachers(objective):
+        section = recipe.teachers.get(name)
+        names += section.members if isinstance(section, CombinedConfig) else [name]
+    if recipe.teacher is not None and (recipe.source.settings.asks_teacher or recipe.evaluate.baselines):
+        names.insert(0, "teacher")
+    return list(dict.fromkeys(names))
+
+
+def same_model(a: TeacherModelConfig, b: TeacherModelConfig) -> bool:
+    """Whether two sections load the same weights, tokenizer and number formats."""
+    kept = set(TeacherModelConfig.model_fields) - {"model"}
+    return _resolved(a) == _resolved(b) and all(getattr(a, name) == getattr(b, name) for name in kept)
+
+
+def _resolved(section: TeacherModelConfig) -> Any:
+    named = section.model
+    if isinstance(named, str) and Path(named).expanduser().exists():
+        return str(Path(named).expanduser().resolve())
+    return named
+
+
+def shares_student(recipe: Recipe, objective: Objective, name: str) -> bool:
+    """Whether a teacher that only scores is the base of the student's adapters, so that no second copy is needed."""
+    section = section_of(recipe, name)
+    inside = name == "teacher" and (
+        recipe.source.settings.asks_teacher or any(term.needs.features for term in objective.terms)
+    )
+    plain = section.model_dump(exclude_defaults=True).keys() <= set(TeacherModelConfig.model_fields)
+    return recipe.student.lora is not None and plain and not inside and same_model(recipe.student, section)
+
+
+def check_several(recipe: Recipe, objective: Objective) -> None:
+    """Raise UserError for a teacher that is not there, that nothing asks, or that cannot be combined."""
+    known = {*recipe.teachers, *(["teacher"] if recipe.teacher is not None else [])}
+    for term in objective.terms:
+        name = teacher_of(term)
+        if name is not None and name not in known | {"self", "teacher"}:
+            raise UserError(f"objective.{term.name}.teacher: no teacher is called {name!r}{nearest(name, known)}")
+    if "self" in recipe.teachers:
+        raise UserError("teachers.self: the student itself is called so; choose another name.")
+    asked = set(asked_teachers(objective))
+    members: set[str] = set()
+    for name, section in recipe.teachers.items():
+        if isinstance(section, CombinedConfig):
+            _check_members(recipe, name, section, known)
+            members |= set(section.members) if name in asked else set()
+    unused = sorted(recipe.teachers.keys() - asked - members)
+    if unused:
+        raise UserError(
+            f"teachers.{unused[0]} is asked by no term; set objective.distill.teacher={unused[0]}, or leave it out."
+        )
+    combined = isinstance(recipe.teachers.get("teacher"), CombinedConfig)
+    if combined and any(term.needs.features for term in objective.terms):
+        raise UserError("a feature term reads the inside of one model, and teacher is a combination; name one model.")
+
+
+def _check_members(recipe: Recipe, name: str, section: CombinedConfig, known: set[str]) -> None:
+    for member in section.members:
+        if member not in known:
+            raise UserError(f"teachers.{name} names {member!r}, which is no teacher{nearest(member, known)}")
+        one = recipe.teachers.get(member, recipe.teacher)
+        if isinstance(one, CombinedConfig):
+            raise UserError(f"teachers.{name} combines {member!r}, which is a combination itself; name its members.")
+        if one is not None and one.prepare is not None:
+            raise UserError(
+                f"teachers.{member}.prepare is fitted to the student for a term of its own, and {name} combines it "
+                "with others; leave one of them out."
+            )
+
+
+def check_routes(recipe: Recipe, problems: Iterable[Problem]) -> None:
+    """Raise UserError for a problem that a routed teacher has no member for."""
+    routes = [s.route for s in recipe.teachers.values() if isinstance(s, CombinedConfig) and s.route is not None]
+    for route in routes:
+        for problem in problems:
+            route_of(route, problem)
