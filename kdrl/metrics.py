@@ -46,7 +46,7 @@ def _origins(recipe: Recipe, collected: Collected) -> dict[str, float]:
 
 def _teacher_gap(scored: Scored, logq_N: Tensor | None) -> dict[str, float | None]:
     """Mean R = log p - log q over the student's tokens that the teacher scored, and its share beyond the clamp."""
-    evidence = scored.evidence.get("teacher", scored.evidence.get("self"))
+    evidence = next((e for e in (scored.evidence.get(n) for n in ("teacher", *scored.evidence)) if e), None)
     nothing: dict[str, float | None] = {"log_ratio_mean": None, "log_ratio_beyond_clamp": None, "kl_teacher": None}
     if evidence is None or logq_N is None:
         return nothing
@@ -58,6 +58,25 @@ def _teacher_gap(scored: Scored, logq_N: Tensor | None) -> dict[str, float | Non
     beyond = float((ratio.abs() > bounds[0]).float().mean()) if bounds else 0.0
     mean = float(ratio.mean())
     return {"log_ratio_mean": mean, "log_ratio_beyond_clamp": beyond, "kl_teacher": -mean}
+
+
+def _gaps_of_several(scored: Scored, progress: Progress) -> dict[str, float | None]:
+    """For each of several teachers, the student's KL to it on the tokens that it scored, and its calls."""
+    row: dict[str, float | None] = {}
+    if len(progress.calls_of) < 2:
+        return row
+    logq_N = scored.sampled_N
+    for name, evidence in scored.evidence.items():
+        for part, its in evidence.parts(name).items():
+            both_N = its.scored_N if logq_N is None else its.scored_N & ~logq_N.isnan()
+            known = logq_N is not None and bool(both_N.any())
+            row[f"kl_teacher/{part}"] = float((logq_N - its.logp_N)[both_N].mean()) if known else None  # type: ignore[operator]
+    return row | {f"teacher_calls/{name}": calls for name, calls in progress.calls_of.items()}
+
+
+def _shares(scored: Scored) -> dict[str, float]:
+    """For a teacher chosen among several, the share of the scored tokens that each of them scores."""
+    return {f"chosen/{part}": share for each in scored.evidence.values() for part, share in each.shares().items()}
 
 
 def _masked_share(scored: Scored) -> dict[str, float | None]:
@@ -97,6 +116,7 @@ def step_row(
     row |= _teacher_gap(scored, scored.sampled_N) | _masked_share(scored)
     row["teacher_calls"] = progress.teacher_calls
     row["teacher_calls_saved"] = progress.teacher_calls_saved
+    row |= _gaps_of_several(scored, progress) | _shares(scored)
     row["responses"] = progress.responses
     row["skipped_updates"] = progress.skipped_updates
     written = sum(len(r.token_ids) for r in collected.responses)

@@ -48,6 +48,7 @@ class Progress:
     responses: int = 0
     teacher_calls: int = 0
     teacher_calls_saved: int = 0
+    calls_of: dict[str, int] = field(default_factory=dict)
     skipped_updates: int = 0
     bad_in_a_row: int = 0
     best_score: float | None = None
@@ -262,7 +263,8 @@ class Trainer:
         with phases.of("teacher"):
             if fitted is not None:
                 fitted |= self.beside.prepare(active, rollouts, temperature, moment)
-            evidence = {name: self._ask(name, rollouts, active) for name in {a.teacher for a in active} if name}
+            asked = dict.fromkeys(a.teacher for a in active)
+            evidence = {name: self._ask(name, rollouts, active) for name in asked if name}
             reference = None
             if self.parts.reference is not None:
                 keep_N = torch.stack(
@@ -313,7 +315,9 @@ class Trainer:
             asking = [a.eligible_N for a in scored.active if a.teacher == name]
             eligible = scored.rollouts.row_N[torch.stack(asking).any(0)].unique()
             self.progress.teacher_calls += evidence.calls
-            self.progress.teacher_calls_saved += len(eligible) - evidence.calls
+            self.progress.teacher_calls_saved += evidence.fan * len(eligible) - evidence.calls
+            for part, its in evidence.parts(name).items():
+                self.progress.calls_of[part] = self.progress.calls_of.get(part, 0) + its.calls
         # Feature terms pass the teacher once more, inside the update.
         watching = [a for a in scored.active if a.term.needs.features]
         if watching:

@@ -76,6 +76,15 @@ class Evidence:
         """Tokens that the teacher scored, bool `[N]`."""
         return self.where_N >= 0
 
+    @property
+    def fan(self) -> int:
+        """Teachers that each response was put to."""
+        return 1
+
+    def shares(self) -> dict[str, float]:
+        """The share of the scored tokens of each teacher that they are divided among."""
+        return {}
+
     def parts(self, name: str) -> Mapping[str, Evidence]:
         """The scores by teacher: itself under `name`, or those it is made of."""
         return {name: self}

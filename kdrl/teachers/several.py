@@ -6,7 +6,7 @@ Left out: a combination of combinations, and sharing a pass between a combinatio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,18 @@ class ChosenEvidence(SeveralEvidence):
     """At each token the scores of one of several teachers: `which_N` is its place among them, -1 where not scored."""
 
     which_N: Tensor | None = None
+    all_asked: bool = False
+
+    @property
+    def fan(self) -> int:
+        """All of them where the choice looks at their scores."""
+        return len(self.members or {}) if self.all_asked else 1
+
+    def shares(self) -> dict[str, float]:
+        """The share of the scored tokens of each teacher."""
+        assert self.which_N is not None
+        total = max(1, int((self.which_N >= 0).sum()))
+        return {name: int((self.which_N == i).sum()) / total for i, name in enumerate(self.members or {})}
 
     @torch.no_grad()
     def logp(self, index_C: Tensor, like: Tensor) -> Tensor:
@@ -56,6 +68,11 @@ class AveragedEvidence(SeveralEvidence):
 
     weights: tuple[float, ...] = ()
     in_logs: bool = False
+
+    @property
+    def fan(self) -> int:
+        """All of them."""
+        return len(self.weights)
 
     @torch.no_grad()
     def logp(self, index_C: Tensor, like: Tensor) -> Tensor:
@@ -184,7 +201,7 @@ class BestTeacher(SeveralTeachers):
         if self.config.per == "response":
             sums_SB = score_SN.new_zeros(len(found), rollouts.rows).index_add_(1, rollouts.row_N, score_SN)
             score_SN = sums_SB[:, rollouts.row_N]
-        return chosen(found, torch.where(keep_N, score_SN.argmax(0), -1), need, temperature)
+        return replace(chosen(found, torch.where(keep_N, score_SN.argmax(0), -1), need, temperature), all_asked=True)
 
 
 def chosen(found: Mapping[str, Evidence], which_N: Tensor, need: Need, temperature: float) -> ChosenEvidence:
