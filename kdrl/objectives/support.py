@@ -30,17 +30,29 @@ class Few:
     """What a teacher gives that cannot give its distribution: some tokens `[N, K]` and their log-probs.
 
     Its likeliest ones in falling order; or draws, each distinct token once, with `weight` w for a sum of w (log p -
-    log q) that is KL(p||q) in expectation (unused places have weight 0).
+    log q) that is KL(p||q) in expectation (unused places have weight 0). `tail` is the log mass of all other tokens.
     """
 
     ids_NK: Tensor
     logp_NK: Tensor
     weight_NK: Tensor | None = None
+    tail_N: Tensor | None = None
 
     def at(self, index: Tensor) -> Few:
         """The rows of some tokens."""
-        weight = None if self.weight_NK is None else self.weight_NK[index]
-        return Few(self.ids_NK[index], self.logp_NK[index], weight)
+        weight, tail = (None if x is None else x[index] for x in (self.weight_NK, self.tail_N))
+        return Few(self.ids_NK[index], self.logp_NK[index], weight, tail)
+
+    def outside(self, inside_NK: Tensor) -> Tensor:
+        """Log mass `[N, 1]` of all but the likeliest tokens that `inside` marks.
+
+        Without `tail` it is what these leave of one, which near a mass of one has few digits.
+        """
+        if self.tail_N is None:
+            mass_N1 = (self.logp_NK.exp() * inside_NK).sum(-1, keepdim=True).clamp(max=1.0)
+            return finite(torch.log1p(-mass_N1))
+        rest_NK = torch.cat([self.logp_NK.masked_fill(inside_NK, -torch.inf), self.tail_N[:, None]], -1)
+        return finite(rest_NK).logsumexp(-1, keepdim=True)
 
 
 def _tail(logp_NV: Tensor, inside_NV: Tensor) -> Tensor:
@@ -118,17 +130,12 @@ def _within(
 
 
 def cover_few(support: Support, few: Few, logq_NV: Tensor) -> Covered:
-    """`cover` from a teacher that gives its likeliest tokens alone; its tail is what they leave of one.
-
-    Near a mass of one that difference has few digits, which `cover` avoids by summing the outcomes.
-    """
+    """`cover` from a teacher that gives its likeliest tokens alone; its tail is what they leave (see `Few.outside`)."""
     assert support.k is not None
     ids_NK, logp_NK = few.ids_NK[:, : support.k], few.logp_NK[:, : support.k]
 
     def tail_of_p(inside_NV: Tensor) -> Tensor:
-        kept_NK = inside_NV.gather(-1, ids_NK)
-        mass_N1 = (logp_NK.exp() * kept_NK).sum(-1, keepdim=True).clamp(max=1.0)
-        return finite(torch.log1p(-mass_N1))
+        return few.outside(inside_NV.gather(-1, few.ids_NK))
 
     return _within(support, ids_NK, logp_NK, logq_NV, ids_NK.shape[-1] == logq_NV.shape[-1], tail_of_p)
 
@@ -138,13 +145,13 @@ def drawn_forward_kl(support: Support, logp_NV: Tensor, logq_NV: Tensor, uniform
 
     The mean over draws of w (log p - log q) is KL(p||q) in expectation, and its gradient that of KL(p||q).
     """
-    ids_NK = _draw(logp_NV, support.tau, uniform_NK)
+    ids_NK = draw_ids(logp_NV, support.tau, uniform_NK)
     inside_NV = _inside(logp_NV, ids_NK)
     mass_p, mass_q = ((x.detach().exp() * inside_NV).sum(-1) for x in (logp_NV, logq_NV))
     return Covered(logp_NV.gather(-1, ids_NK), logq_NV.gather(-1, ids_NK), mass_p, mass_q)
 
 
-def _draw(logp_NV: Tensor, tau: float, uniform_NK: Tensor) -> Tensor:
+def draw_ids(logp_NV: Tensor, tau: float, uniform_NK: Tensor) -> Tensor:
     """Ids `[N, K]` from p^tau by inverting its cumulative sum, in float64 so that rare tokens keep their share."""
     cumulative_NV = (tau * logp_NV).double().softmax(-1).cumsum(-1)
     at_NK = uniform_NK.double() * cumulative_NV[..., -1:]
