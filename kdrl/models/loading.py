@@ -77,7 +77,7 @@ def load_model(config: TeacherModelConfig, device: str | torch.device, *, traina
             model = _load_weights(config, origin)
     where = "the new model" if origin is None else origin.label
     vocab_size = _vocab_size(tokenizer, model, where)
-    eos_ids = _eos_ids(config, tokenizer, model, where)
+    eos_ids = _eos_ids(config, tokenizer, getattr(model, "generation_config", None), where)
     pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos_ids[0]
     model.to(device)  # type: ignore[arg-type]
     check_head(model, vocab_size, where)
@@ -134,6 +134,23 @@ def load_tokenizer(config: TeacherModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a recipe section without its model; raises UserError."""
     with quiet():
         return _load_tokenizer(config, None if isinstance(config.model, NewModel) else find_origin(config))
+
+
+def load_without_weights(config: TeacherModelConfig) -> LoadedModel:
+    """What a section says of texts: tokenizer, end tokens, chat template; its `model` is None. Raises UserError.
+
+    For a teacher whose weights are elsewhere. Its vocabulary is the tokenizer's.
+    """
+    if isinstance(config.model, NewModel):
+        raise UserError("a new model has random weights; a teacher that is elsewhere needs the name of a stored one.")
+    origin = find_origin(config)
+    tokenizer = load_tokenizer(config)
+    generation = None
+    with quiet(), contextlib.suppress(OSError, ValueError):
+        generation = GenerationConfig.from_pretrained(origin.name, **origin.options)
+    eos_ids = _eos_ids(config, tokenizer, generation, origin.label)
+    pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos_ids[0]
+    return LoadedModel(None, tokenizer, config, eos_ids, pad_id, _ids_of(tokenizer))
 
 
 def _make_new(config: TeacherModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -216,7 +233,7 @@ def _vocab_size(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, wher
 
 
 def _eos_ids(
-    config: TeacherModelConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, where: str
+    config: TeacherModelConfig, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, where: str
 ) -> tuple[int, ...]:
     if config.eos is not None:
         known = tokenizer.get_vocab()
@@ -224,7 +241,6 @@ def _eos_ids(
         if unknown or not config.eos:
             raise UserError(f"eos: {', '.join(map(repr, unknown)) or 'an empty list'} is no token of {where}.")
         return tuple(dict.fromkeys(known[token] for token in config.eos))
-    generation = getattr(model, "generation_config", None)
     named = [tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
     flat = [i for value in named for i in (value if isinstance(value, list) else [value]) if i is not None]
     if not flat:
