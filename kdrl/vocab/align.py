@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,8 @@ def align(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[Group]:
     A token of no bytes joins the group after it, or the last one at the end of the text.
     """
     sides = [list(accumulate(map(len, pieces))) for pieces in (student, teacher)]
-    common = len(os.path.commonprefix([b"".join(student), b"".join(teacher)]))
+    texts = [b"".join(student), b"".join(teacher)]
+    common = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
     shared = sorted(end for end in set(sides[0]) & set(sides[1]) if 0 < end <= common)
     groups: list[Group] = []
     begins = [0, 0]

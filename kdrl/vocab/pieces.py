@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\u2581"
+# What may stand before a text; the second is a byte of its own in every tokenizer that falls back to bytes.
+_BEFORE = ("\n", "\x01")
 # Decoders whose tokens stand for bytes by themselves, wherever they stand.
 _KNOWN = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace", "Sequence"}
 
@@ -130,15 +132,16 @@ class Pieces:
         text = part.decode()
         text = text[: self._writable(text)]
         ids = self._ids(text)
-        direct = _matching(ids, self.of(ids), part)
-        if not self._spaced or b"".join(direct[1]) == part:
-            return direct
-        # A tokenizer that puts a space before every text: where a line has ended there is none.
-        start, after = self._ids("\n"), self._ids("\n" + text)
-        if after[: len(start)] != start:
-            return direct
-        ids = after[len(start) :]
-        return max(direct, _matching(ids, self.of(ids), part), key=lambda found: sum(map(len, found[1])))
+        best = _matching(ids, self.of(ids), part)
+        # A tokenizer that puts a space before every text puts none where something stands before it.
+        for before in _BEFORE if self._spaced else ():
+            if b"".join(best[1]) == part:
+                break
+            start, after = self._ids(before), self._ids(before + text)
+            if after[: len(start)] == start:
+                ids = after[len(start) :]
+                best = max(best, _matching(ids, self.of(ids), part), key=lambda found: sum(map(len, found[1])))
+        return best
 
     def _ids(self, text: str) -> list[int]:
         return list(self._encoder.encode(text, add_special_tokens=False).ids)
