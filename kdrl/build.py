@@ -38,6 +38,8 @@ from kdrl.teachers.checks import (
     shares_student,
 )
 from kdrl.teachers.combined import CombinedConfig
+from kdrl.teachers.served import ServedTeacher
+from kdrl.teachers.served_checks import Plan, most_asked, open_served, served_checks
 from kdrl.trainer import Parts
 from kdrl.update import Updater
 
@@ -70,6 +72,7 @@ class Builder:
         self.objective = build_objective(recipe)
         self._observe("scores", lambda: warnings_of(self.objective))
         self.student = load_model(recipe.student, self.device, trainable=True, seed=recipe.seed)
+        self.served: dict[str, ServedTeacher] = {}
         self.models = self._load_teachers()
         self.teacher = self.models.get("teacher")
         self.task = self._task()
@@ -93,6 +96,9 @@ class Builder:
             self.notes.append("the teacher is not loaded: no term asks it and it writes nothing")
         for name in asked:
             section = section_of(recipe, name)
+            if section.served is not None:
+                self.served[name] = open_served(section, self.student, most_asked(self.objective))
+                continue
             if shares_student(recipe, self.objective, name):
                 self.notes.append(f"{name} is the student's own base model: its weights are shared, adapters off")
                 continue
@@ -125,10 +131,22 @@ class Builder:
         problems = take(stream, 64 if stream.size is None else stream.size)
         self._observe("context length", lambda: check_lengths(models, problems, self.recipe))
         self._observe("self-teacher's context", lambda: check_contexts(self.student, problems, self.recipe))
+        self._check_served(problems)
         self._observe("routes", lambda: check_routes(self.recipe, problems))
         if stream.skipped:
             counts = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in stream.skipped.items())
             self.notes.append(f"training problems left out: {counts}")
+
+    def _check_served(self, problems: Sequence[Problem]) -> None:
+        rollout = self.recipe.rollout
+        plan = Plan(problems, rollout.max_new_tokens, rollout.temperature, self.engine, self.recipe.seed)
+        for name, teacher in self.served.items():
+            checks = served_checks(section_of(self.recipe, name), teacher, self.student, plan)
+            for what, check in checks.items():
+                self._observe(what if name == "teacher" else f"{what} ({name})", check)
+        config = self.recipe.evaluate
+        if "teacher" in self.served and config.final_problems and config.baselines:
+            self.notes.append("the teacher is served and is not evaluated as a baseline")
 
     def _check_evaluation(self) -> None:
         self._observe("held-out problems", self._look_for_splits)
@@ -162,6 +180,7 @@ class Builder:
             group=rollout.group,
             sampling=sampling,
             budget=recipe.optimizer.micro_batch_tokens,
+            served=self.served.get("teacher"),
         )
 
     def teachers(self) -> tuple[dict[str, Teacher], Teacher | None]:
@@ -184,6 +203,8 @@ class Builder:
 
     def _scoring_teacher(self, name: str, budget: int) -> Teacher:
         section = section_of(self.recipe, name)
+        if name in self.served:
+            return self.served[name]
         if name not in self.models:
             return ReferenceTeacher(self.student, budget)
         if section.prepare is None:

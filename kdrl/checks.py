@@ -10,6 +10,7 @@ from kdrl.recipe import Recipe
 from kdrl.score_checks import check_scores, reads_rewards
 from kdrl.sources.checks import check_filtered_rewards, check_source, foreign_reason, own_samples
 from kdrl.teachers.checks import check_self_teacher, check_several, teacher_of
+from kdrl.teachers.elsewhere import check_served
 
 OF_CORRECTNESS = {"wrong_response", "right_response", "wrong_group"}
 
@@ -49,6 +50,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise UserError("the recipe has no objective: name a method (`kdrl methods` lists them) or give `objective`.")
     objective = build_objective(recipe)
     check_several(recipe, objective)
+    check_served(recipe, objective)
     _check_teacher(recipe, objective)
     check_self_teacher(recipe, self_terms(objective))
     check_source(recipe)

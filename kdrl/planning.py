@@ -63,7 +63,8 @@ def _teacher_cache(recipe: Recipe, teacher: ModelShape | None, rows: int) -> tup
 def memory_plan(recipe: Recipe) -> MemoryPlan:
     """Plan a recipe's memory; raises UserError when a model's configuration cannot be read."""
     student_config = config_of(recipe.student)
-    teacher: TeacherModelConfig | None = recipe.teacher
+    here = recipe.teacher is not None and recipe.teacher.served is None
+    teacher: TeacherModelConfig | None = recipe.teacher if here else None
     lora = recipe.student.lora
     objective = build_objective(recipe)
     writes = recipe.source.settings.generates

@@ -20,11 +20,13 @@ from kdrl.sources.groups import TogetherSource
 from kdrl.sources.joint import MixedSource, SpeculativeSource
 from kdrl.sources.keep import Filtered
 from kdrl.sources.mixture import MixtureSource
+from kdrl.sources.served import ServedSource
 from kdrl.sources.student import PrivilegedSource, StudentSource
 from kdrl.sources.text import GoldSource, TeacherSource
 from kdrl.sources.traces import TraceBook, TraceSource
 from kdrl.tasks import Problem
 from kdrl.tasks.base import ProblemStream
+from kdrl.teachers.served import ServedTeacher
 
 TEACHER_TEXT = "teacher_text.jsonl"
 
@@ -33,7 +35,8 @@ TEACHER_TEXT = "teacher_text.jsonl"
 class Writers:
     """What sources are built from: models, the student's engine, how to sample, and where a run keeps its files.
 
-    `group` are the responses per problem, `sampling` what every engine takes, `stream` the task's training problems.
+    `group` are the responses per problem, `sampling` what every engine takes, `stream` the task's training problems;
+    the teacher is a model here or `served`.
     """
 
     engine: TorchEngine
@@ -46,6 +49,7 @@ class Writers:
     group: int
     sampling: dict[str, Any]
     budget: int
+    served: ServedTeacher | None = None
     _books: dict[str, TraceBook] = field(default_factory=dict)
 
     @property
@@ -92,6 +96,9 @@ class Writers:
 
     def teacher_source(self, samples: int | None = None) -> TeacherSource:
         """The teacher with its store."""
+        if self.served is not None:
+            store = self.run_dir / TEACHER_TEXT
+            return ServedSource(self.served, self.student, store, samples or self.group, self.sampling)
         engine = TorchEngine(self._teacher, self.engine.max_rows, filtered_ok=True)
         store = self.run_dir / TEACHER_TEXT
         return TeacherSource(engine, self.student, store, samples or self.group, self.sampling)

@@ -74,7 +74,7 @@ class TeacherSource(Source):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | None,
         student: LoadedModel,
         store: Path,
         samples: int,
@@ -105,7 +105,7 @@ class TeacherSource(Source):
         # One seed a batch that is missing: a resumed run finds what was stored and writes only the rest.
         prompts = [encode_prompt(self.student, problem.prompt) for problem in missing]
         if missing:
-            fresh = self.engine.generate(prompts, samples=self.samples, seed=request.seed, **self.sampling)
+            fresh = self.fresh(missing, prompts, request.seed)
             for problem, samples in zip(missing, fresh, strict=True):
                 self._keep(problem.id, samples)
         out = []
@@ -116,6 +116,11 @@ class TeacherSource(Source):
                 out.append(Response(problem, group, prompt, sample.token_ids, "teacher", sample.ended, text))
         request.out.generated += len(out)
         return out
+
+    def fresh(self, problems: Sequence[Problem], prompts: Sequence[Sequence[int]], seed: int) -> list[list[Sample]]:
+        """Samples [problem][sample] that are written now."""
+        assert self.engine is not None
+        return self.engine.generate(prompts, samples=self.samples, seed=seed, **self.sampling)
 
     def _keep(self, problem: str, samples: list[Sample]) -> None:
         if self._lines is None:

@@ -16,6 +16,7 @@ from kdrl.errors import UserError
 from kdrl.memory import available_bytes
 from kdrl.models import LoadedModel, encode_prompt, load_model
 from kdrl.models.loading import load_without_weights
+from kdrl.objectives.objective import Objective
 from kdrl.pairing import pairing_checks
 from kdrl.seeds import derive
 from kdrl.tasks import Problem
@@ -42,6 +43,11 @@ class Plan:
     temperature: float
     engine: Engine
     seed: int
+
+
+def most_asked(objective: Objective) -> int:
+    """The largest number of likeliest tokens that a term asks of a teacher."""
+    return max((t.needs.few_count for t in objective.terms if t.needs.few == "topk"), default=0)
 
 
 def open_served(section: TeacherConfig, student: LoadedModel, k: int) -> ServedTeacher:
