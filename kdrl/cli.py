@@ -34,10 +34,22 @@ class _TrainCommand(TyperCommand):
     """`kdrl train --help` goes on with every recipe key, its default and its documentation."""
 
     def get_help(self, ctx: Any) -> str:
-        from kdrl.recipe import describe_fields, describe_preparations, describe_sources, describe_terms
+        from kdrl.recipe import (
+            describe_combinations,
+            describe_fields,
+            describe_preparations,
+            describe_sources,
+            describe_terms,
+        )
 
         lines = [super().get_help(ctx), "", "Recipe keys (in the YAML file, or as key=value):"]
-        rows = describe_fields() + describe_sources() + describe_terms() + describe_preparations()
+        rows = (
+            describe_fields()
+            + describe_combinations()
+            + describe_sources()
+            + describe_terms()
+            + describe_preparations()
+        )
         for name, default, text in rows:
             lines.append(f"  {name}" + (f" [{default}]" if default else ""))
             lines.append(f"      {text}")
@@ -156,6 +168,46 @@ def evaluate_command(
     if json_file is not None:
         results[0].save(json_file)
         _say(f"json: {json_file}")
+
+
+DOCTOR_HELP = """Examine a recipe before training: one line a check, each ok, note or wrong, with what to do.
+
+First everything that `kdrl train` would refuse: tokenizers by content, end and padding ids, chat templates, vocabulary
+rows, context length, what each teacher gives, splits, memory; and whether the verifier scores right answers right and
+empty ones wrong. Then, unless something is wrong, a small step is written and scored, and nothing is trained: accuracy
+of student and teachers, their overlap and log-ratios, entropies, every term's gradient norm and what the seconds of a
+step are made of. Exit status 0 when nothing is wrong, 2 otherwise.
+
+\b
+Examples:
+  kdrl doctor recipes/demo.yaml
+  kdrl doctor recipes/kdrl.yaml student.model=PATH teacher.model=PATH task.path=data.jsonl --problems 32
+"""
+
+
+@app.command(help=DOCTOR_HELP)
+def doctor(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML), or the folder of a run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for `kdrl train`.")] = None,
+    problems: Annotated[
+        int, typer.Option(min=1, help="Problems that the verifier and the models' accuracy are tried on.")
+    ] = 16,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of the step that is tried.")] = 4,
+    group: Annotated[int, typer.Option(min=1, help="Responses to each, where the student alone writes.")] = 4,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings here too.")] = None,
+) -> None:
+    """Options of `kdrl doctor`; the text of its --help is DOCTOR_HELP."""
+    from kdrl.doctor import Effort, examine, to_json
+
+    if json_file is not None and not json_file.parent.is_dir():
+        raise UserError(f"--json {json_file}: there is no folder {json_file.parent}.")
+    findings = examine(recipe, overrides or [], effort=Effort(problems, prompts, group), say=lambda f: _say(str(f)))
+    if json_file is not None:
+        json_file.write_text(to_json(findings), encoding="utf-8")
+    counts = {verdict: sum(f.verdict == verdict for f in findings) for verdict in ("ok", "note", "wrong")}
+    _say("; ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    if counts["wrong"]:
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kdrl.batch import Response, Rollouts
-from kdrl.calibration import calibrate
+from kdrl.calibration import calibrate, unmeasured
 from kdrl.checkpoint import Checkpoints, Loaded, flatten_optimizer, restore_optimizer
 from kdrl.errors import RunError, UserError
 from kdrl.measuring import measure_scores
@@ -135,7 +135,7 @@ class Trainer:
         """All remaining steps; raises InterruptedRunError after a Ctrl-C and RunError when the numbers break."""
         every, evaluate_every = self.recipe.checkpoint.every, self.recipe.evaluate.every
         with self._listen(watch):
-            calibrate(self.memory, self._calibration_batch, self.parts.updater)
+            self._calibrate()
             while self.progress.step < self.recipe.steps:
                 row, responses = self._step()
                 done = self.progress.step
@@ -156,14 +156,23 @@ class Trainer:
                         f"{self.parts.run_dir}"
                     )
 
-    def _calibration_batch(self, number: int) -> Scored:
+    def _calibrate(self) -> None:
+        """Measure what must be known before the first update, on the problems that training begins with."""
+        if unmeasured(self.memory):
+            collector = self.parts.collector
+            before = (collector.position, *collector.state())
+            calibrate(self.memory, self.trial, self.parts.updater)
+            collector.restore(*before)
+
+    def trial(self, number: int, phases: Phases | None = None) -> Scored:
         """Responses that are written and scored but not trained on, of the problems that training begins with."""
-        moment = Moment(-1 - number, self.recipe.steps, self.memory)
+        moment, phases = Moment(-1 - number, self.recipe.steps, self.memory), phases or Phases()
         position = self.parts.collector.position
-        collected = self.parts.collector.collect(moment, lambda rollouts: set())
+        with phases.of("rollout"):
+            collected = self.parts.collector.collect(moment, lambda rollouts: set())
         self.parts.collector.position = position
         # Weights and shares stand as at the first step: a warm-up has no value before it.
-        return self._score(Rollouts.of(collected.responses, self.parts.device), replace(moment, step=0), Phases())
+        return self._score(Rollouts.of(collected.responses, self.parts.device), replace(moment, step=0), phases)
 
     def _is_best(self, score: float | None) -> bool:
         """Whether this step is the best so far and is to be kept for it."""

@@ -1,0 +1,349 @@
+"""What stands between a recipe and a good run: every check that training makes, then a few measured samples.
+
+Each finding is one line with a verdict: `ok`, `note` (works, and is worth a look) or `wrong` (training would refuse it,
+or could not learn from it). Left out: several processes, and what only shows after many steps.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kdrl.build import Builder, Check
+from kdrl.checks import needs_rewards
+from kdrl.doctor_samples import Measured, measure
+from kdrl.errors import UserError
+from kdrl.explain import explain_objective
+from kdrl.models import LoadedModel, encode_prompt
+from kdrl.planning import memory_plan
+from kdrl.recipe import Recipe, load_recipe
+from kdrl.tasks import Problem, ResponseInfo
+from kdrl.tasks.base import take
+from kdrl.tasks.config import ExtractConfig
+
+Verdict = Literal["ok", "note", "wrong"]
+
+# What a check of the builder says when it finds nothing.
+_FINE = {
+    "tokenizer": "the teacher has the student's tokens, by content, under the same ids",
+    "end token": "student and teacher end a response alike",
+    "chat template": "student and teacher have the same one",
+    "vocabulary": "student and teacher have equally many rows",
+    "context length": "the longest prompt and rollout.max_new_tokens fit every model",
+    "held-out problems": "the splits that are evaluated are there",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination."""
+
+    what: str
+    verdict: Verdict
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.verdict:<5}  {self.what}: {self.text}"
+
+
+Say = Callable[[Finding], None]
+
+
+class Doctor:
+    """Collects findings; `say` is told each at once."""
+
+    def __init__(self, say: Say | None = None) -> None:
+        self.findings: list[Finding] = []
+        self._say = say
+
+    def find(self, what: str, verdict: Verdict, text: str) -> None:
+        """Write one down."""
+        self.findings.append(Finding(what, verdict, text))
+        if self._say is not None:
+            self._say(self.findings[-1])
+
+    def observe(self, what: str, check: Check) -> None:
+        """Run one of the checks that training makes: its error is wrong, what it returns are notes."""
+        try:
+            notes = list(check() or [])
+        except UserError as error:
+            self.find(what, "wrong", str(error))
+            return
+        for note in notes:
+            self.find(what, "note", note)
+        kind = what.partition(" (")[0]
+        if not notes and kind in _FINE:
+            self.find(what, "ok", _FINE[kind])
+        if not notes and kind.startswith("what "):
+            self.find(what, "ok", "enough for every term that asks it")
+
+    @property
+    def wrong(self) -> bool:
+        """Whether anything is wrong."""
+        return any(f.verdict == "wrong" for f in self.findings)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured: problems for accuracy and verifier, and prompts x group responses that are written."""
+
+    problems: int = 16
+    prompts: int = 4
+    group: int = 4
+
+
+def examine(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    effort: Effort | None = None,
+    say: Say | None = None,
+) -> list[Finding]:
+    """Examine a recipe: what training would refuse, then measured samples. Raises UserError for no finding at all."""
+    doctor, effort = Doctor(say), effort or Effort()
+    try:
+        resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    except UserError as error:
+        doctor.find("recipe", "wrong", str(error))
+        return doctor.findings
+    doctor.find("recipe", "ok", _in_a_line(resolved))
+    doctor.observe("memory", lambda: _memory(doctor, resolved))
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        try:
+            builder = Builder(_smaller(resolved, effort), Path(folder), stack, doctor.observe)
+        except UserError as error:
+            doctor.find("loading", "wrong", str(error))
+            return doctor.findings
+        _static(doctor, builder, effort)
+        try:
+            parts = builder.parts()
+            for name, teacher in parts.teachers.items():
+                doctor.find(name, "ok", f"gives {teacher.gives}")
+            if doctor.wrong:
+                doctor.find("samples", "note", "nothing is written or measured until what is wrong above is mended")
+                return doctor.findings
+            measured = measure(builder, parts, effort.problems)
+        except UserError as error:
+            doctor.find("samples", "wrong", str(error))
+            return doctor.findings
+        _samples(doctor, resolved, measured)
+    return doctor.findings
+
+
+def to_json(findings: Sequence[Finding]) -> str:
+    """The findings as JSON: `wrong` says whether there is any such, `findings` holds what, verdict and text."""
+    wrong = any(f.verdict == "wrong" for f in findings)
+    return json.dumps({"wrong": wrong, "findings": [asdict(f) for f in findings]}, indent=2, ensure_ascii=False)
+
+
+def _in_a_line(recipe: Recipe) -> str:
+    explain_objective(recipe)
+    terms = " + ".join(entry.name for entry in recipe.objective)
+    return f"{recipe.method or 'own objective'} ({terms}), source {recipe.source.kind}, {recipe.steps} steps"
+
+
+def _smaller(recipe: Recipe, effort: Effort) -> Recipe:
+    """The recipe with few prompts a step; a group only where the student alone writes it."""
+    change: dict[str, Any] = {"prompts": min(effort.prompts, recipe.rollout.prompts), "dynamic_sampling": 0}
+    if recipe.source.kind == "student":
+        change["group"] = min(effort.group, recipe.rollout.group)
+    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=change)})
+
+
+def _memory(doctor: Doctor, recipe: Recipe) -> list[str]:
+    plan = memory_plan(recipe)
+    if not plan.fits:
+        raise UserError(f"{plan.verdict}. `kdrl train RECIPE --dry-run` shows the whole plan.")
+    doctor.find("memory", "ok", plan.verdict)
+    return []
+
+
+def _static(doctor: Doctor, builder: Builder, effort: Effort) -> None:
+    """What is known of the models and the task before anything is written."""
+    recipe, student = builder.recipe, builder.student
+    problems = list(take(builder.stream, effort.problems))
+    for note in builder.notes:
+        doctor.find("recipe", "note", note)
+    for name, loaded in ({"student": student} | builder.models).items():
+        _model(doctor, name, loaded)
+    for name, loaded in builder.models.items():
+        _rendered(doctor, name, student, loaded, problems[0])
+    temperature = recipe.rollout.temperature
+    warm = f"{temperature:g}: samples, policy and teacher are all taken at it"
+    doctor.find("temperature", "ok" if temperature == 1.0 else "note", warm)
+    _verifier(doctor, builder, problems)
+
+
+def _model(doctor: Doctor, name: str, loaded: LoadedModel) -> None:
+    config, model = loaded.config, loaded.model
+    ends = " ".join(str(loaded.tokenizer.convert_ids_to_tokens(i)) for i in loaded.eos_ids)
+    pad = loaded.tokenizer.convert_ids_to_tokens(loaded.pad_id)
+    rows = int(model.get_output_embeddings().weight.shape[0])
+    cut = f", {rows - loaded.vocab_size} padded rows left out" if rows > loaded.vocab_size else ""
+    numbers = config.dtype + (f", products in {config.autocast}" if config.autocast else "")
+    text = (
+        f"{sum(p.numel() for p in model.parameters()):,} parameters in {numbers} on {loaded.device}; end {ends}, pad "
+        f"{pad}; {loaded.vocab_size} tokens{cut}; its logits are its head on its hidden states"
+    )
+    doctor.find(name, "ok", text)
+    if loaded.pad_id in loaded.eos_ids and loaded.tokenizer.pad_token_id is not None:
+        doctor.find(name, "note", f"{pad} both pads and ends; padding is masked by position, so nothing is lost")
+
+
+def _rendered(doctor: Doctor, name: str, student: LoadedModel, teacher: LoadedModel, problem: Problem) -> None:
+    """One prompt as both models would be given it."""
+    try:
+        mine, theirs = (encode_prompt(loaded, problem.prompt) for loaded in (student, teacher))
+    except UserError as error:
+        doctor.find(f"prompt ({name})", "note", f"the teacher's own template cannot show it: {error}")
+        return
+    tail = repr(str(student.tokenizer.decode(mine))[-40:])
+    if mine == theirs:
+        doctor.find(f"prompt ({name})", "ok", f"both models would be shown the same {len(mine)} tokens, ending {tail}")
+        return
+    other = repr(str(teacher.tokenizer.decode(theirs))[-40:])
+    doctor.find(
+        f"prompt ({name})",
+        "note",
+        f"the student's ends {tail}, the teacher's own would end {other}; the teacher scores after the student's: if "
+        "it was trained on its own template, set teacher.chat_template and student.chat_template to one text",
+    )
+
+
+def _answers(problem: Problem, how: ExtractConfig) -> list[str]:
+    """Responses that state the problem's answer and nothing else, in the forms that verifiers look for."""
+    answer = str(problem.answer)
+    forms = {
+        "boxed": "\\boxed{{{0}}}",
+        "after": f"{how.argument} {{0}}",
+        "tag": f"<{how.argument}>{{0}}</{how.argument}>",
+    }
+    first = forms[how.how].format(answer) if how.how in forms else answer
+    return list(dict.fromkeys([first, answer, f"\\boxed{{{answer}}}", f"#### {answer}", f"The answer is {answer}."]))
+
+
+def _verifier(doctor: Doctor, builder: Builder, problems: Sequence[Problem]) -> None:
+    """Right responses must score right, and empty or idle ones wrong."""
+    pool, limit = builder.pool, builder.recipe.rollout.max_new_tokens
+    info = ResponseInfo(1, False, limit)
+    solved = [p for p in problems if p.solution is not None and not p.untrained_spans]
+    texts = {p.id: [str(p.solution)] if p in solved else _answers(p, pool.scorer.extraction) for p in problems}
+    idle = ["", "I do not know."]
+    try:
+        right = [any(v.correct for v in pool.score([(t, p, info) for t in texts[p.id]])) for p in problems]
+        lazy = [any(v.correct for v in pool.score([(t, p, info) for t in idle])) for p in problems]
+    except UserError as error:
+        doctor.find("verifier", "wrong", str(error))
+        return
+    bad: Verdict = "wrong" if needs_rewards(builder.recipe, builder.objective) else "note"
+    what = "worked solutions" if solved else "stated answers"
+    missed = [p for p, good in zip(problems, right, strict=True) if not good]
+    text = f"{len(problems) - len(missed)} of {len(problems)} {what} score right"
+    if missed:
+        shown = f"such as {texts[missed[0].id][0][-60:]!r} to {str(missed[0].prompt)[-40:]!r}"
+        advice = "look at task.extract, task.verifier and task.reference_extract"
+        doctor.find("verifier", bad if len(missed) * 5 > len(problems) else "note", f"{text}, not {shown}; {advice}")
+    if any(lazy):
+        doctor.find("verifier", bad, f"{sum(lazy)} of {len(lazy)} empty or idle responses score right; mend it")
+    if not missed and not any(lazy):
+        doctor.find("verifier", "ok", f"{text}, and none of the empty and idle responses")
+
+
+def _samples(doctor: Doctor, recipe: Recipe, found: Measured) -> None:
+    """Verdicts on what was measured."""
+    _accuracies(doctor, found)
+    _responses(doctor, recipe, found)
+    for name, gap in found.gaps.items():
+        far = gap.beyond > 0.05 or gap.ratio < -2.0
+        advice = "; most of the signal is clamped or rough: train on the teacher's text first" if far else ""
+        doctor.find(
+            f"{name}'s R",
+            "note" if far else "ok",
+            f"mean log p - log q is {gap.ratio:+.3f}, mean |R| {gap.magnitude:.3f}, {gap.beyond:.1%} beyond the clamp"
+            f"{advice}",
+        )
+        if gap.overlap is not None:
+            low = gap.overlap < 0.4
+            advice = (
+                "; below 40 % on-policy distillation seldom works: train on the teacher's text first" if low else ""
+            )
+            text = f"teacher and student share {gap.overlap:.0%} of their {gap.top} likeliest tokens{advice}"
+            doctor.find(f"{name}'s overlap", "note" if low else "ok", text)
+        if gap.entropy is not None:
+            text = f"{gap.entropy:.3f} nats a token, the student's {found.entropy:.3f}"
+            doctor.find(f"{name}'s entropy", "ok", text)
+    _gradients(doctor, found)
+    rows = recipe.rollout.prompts * recipe.rollout.group
+    seconds = {k: v * rows / max(1, found.rows) for k, v in found.seconds.items()}
+    total = sum(seconds.values())
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    whole = total * recipe.steps / 60
+    long = f"{whole:.0f} min" if whole < 120 else f"{whole / 60:.1f} h"
+    doctor.find("time", "ok", f"at most about {total:.1f} s a step ({parts}), {long} for {recipe.steps} steps")
+
+
+def _accuracies(doctor: Doctor, found: Measured) -> None:
+    for name, accuracy in found.accuracy.items():
+        text = f"{accuracy.right} of {accuracy.problems} {accuracy.split} problems right, {accuracy.tokens:.0f} tokens"
+        verdict: Verdict = "ok"
+        own = found.accuracy["student"]
+        if name != "student" and accuracy.right < own.right:
+            verdict, text = "note", f"{text}, fewer than the student's {own.right}; it may have little to teach here"
+        elif accuracy.right == 0:
+            verdict = "note"
+            text += (
+                "; rewards alone teach nothing from there, so distill first"
+                if name == "student"
+                else "; is it shown prompts in the form that it knows?"
+            )
+        doctor.find(f"{name}'s accuracy", verdict, text)
+
+
+def _responses(doctor: Doctor, recipe: Recipe, found: Measured) -> None:
+    text = f"{found.rows} written, {found.tokens:.0f} tokens on average, {found.truncated:.0%} cut at the limit"
+    long = found.truncated > 0.5
+    doctor.find("responses", "note" if long else "ok", text + ("; raise rollout.max_new_tokens" if long else ""))
+    if any(entry.name == "policy_gradient" for entry in recipe.objective):
+        flat = f"{found.flat:.0%} of the groups have equal rewards, which teach a policy gradient nothing"
+        doctor.find("groups", "note" if found.flat > 0.8 else "ok", flat)
+
+
+def _gradients(doctor: Doctor, found: Measured) -> None:
+    for term in found.terms:
+        if term.kept == 0:
+            doctor.find(f"objective.{term.name}", "note", "its mask keeps no token of these samples")
+            continue
+        text = f"gradient norm {term.norm:.3g} as weighted ({term.weight:g}), {term.kept} tokens"
+        if term.mass is not None:
+            text += f", its support holds {term.mass:.0%} of the teacher's mass"
+        if term.norm == 0.0:
+            flat = term.family == "rl" and found.flat == 1.0
+            why = "all rewards of a group are equal here" if flat else "it would teach nothing"
+            doctor.find(f"objective.{term.name}", "note" if flat else "wrong", f"{text}: the gradient is zero, {why}")
+        elif term.mass is not None and term.mass < 0.9:
+            doctor.find(f"objective.{term.name}", "note", f"{text}; raise k")
+        else:
+            doctor.find(f"objective.{term.name}", "ok", text)
+    sides = {family: [t for t in found.terms if t.family == family and t.norm > 0] for family in ("kd", "rl")}
+    if not (sides["kd"] and sides["rl"]):
+        return
+    kd, rl = (max(t.norm for t in sides[family]) for family in ("kd", "rl"))
+    text = f"distillation to reward {kd / rl:.2g} in gradient norm"
+    gap = next(iter(found.gaps.values()), None)
+    if gap is not None:
+        beta = sides["kd"][0].weight / sides["rl"][0].weight
+        size = beta * found.tokens * abs(gap.ratio)
+        text += f"; beta x length x KL is {beta:.3g} x {found.tokens:.0f} x {abs(gap.ratio):.2g} = {size:.2g}"
+    if kd / rl < 0.02:
+        doctor.find(
+            "balance", "note", f"{text}: the teacher hardly counts; raise the distill weight (order 1 is usual)"
+        )
+    elif kd / rl > 50:
+        doctor.find("balance", "note", f"{text}: the rewards hardly count; lower the distill weight")
+    else:
+        doctor.find("balance", "ok", text)
