@@ -358,7 +358,7 @@ def test_a_calibrated_scalar_is_measured_before_the_first_update(world: Path, tm
         first = state["value"]
     with parts_of(raw, tmp_path / "other") as parts:
         trainer = Trainer(parts)
-        scored = [trainer._calibration_batch(i) for i in range(2)]
+        scored = [trainer.trial(i) for i in range(2)]
         values = []
         for each in scored:
             plain = Plain(parts.student, parts_teacher(parts), each.rollouts.responses)
