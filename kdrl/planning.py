@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from kdrl.build import resolve_device
@@ -14,7 +16,9 @@ from kdrl.models.config import NewModel, NewTokenizer, TeacherModelConfig
 from kdrl.models.loading import quiet
 from kdrl.models.scratch import character_tokenizer, new_model_config
 from kdrl.models.sources import explain, find_origin
+from kdrl.objectives.objective import Objective
 from kdrl.recipe import Recipe
+from kdrl.teachers.checks import asked_models, same_model, section_of, shares_student
 from kdrl.teachers.plan import teacher_items
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -60,6 +64,28 @@ def _teacher_cache(recipe: Recipe, teacher: ModelShape | None, rows: int) -> tup
     return (Item("teacher KV cache", size, "rollout", why),)
 
 
+def _teachers(recipe: Recipe, objective: Objective) -> list[tuple[str, TeacherModelConfig]]:
+    """Models beside the student that are held, each checkpoint once; the one called teacher first."""
+    names = dict.fromkeys([*(["teacher"] if recipe.teacher is not None else []), *asked_models(recipe, objective)])
+    found: list[tuple[str, TeacherModelConfig]] = []
+    for name in names:
+        section = section_of(recipe, name)
+        twin = any(same_model(section, other) for _, other in found)
+        if not twin and not shares_student(recipe, objective, name):
+            found.append((name, section))
+    return found
+
+
+def _further(recipe: Recipe, teachers: list[tuple[str, TeacherModelConfig]], tokens: int) -> Iterator[Item]:
+    """Teachers beyond the first: their weights, and the hidden states that are kept of them."""
+    for name, section in teachers:
+        shape = ModelShape.from_config(config_of(section))
+        size = _BYTES[section.dtype]
+        yield Item(f"{name} weights", shape.parameters * size, "always", f"{shape.parameters:,} x {size} B")
+        hidden = 2 * 4 * tokens * shape.width
+        yield Item(f"{name} hidden states", hidden, "update", f"{tokens:,} tokens x {shape.width:,} x 2 x 4 B")
+
+
 def memory_plan(recipe: Recipe) -> MemoryPlan:
     """Plan a recipe's memory; raises UserError when a model's configuration cannot be read."""
     student_config = config_of(recipe.student)
@@ -67,6 +93,8 @@ def memory_plan(recipe: Recipe) -> MemoryPlan:
     teacher: TeacherModelConfig | None = recipe.teacher if here else None
     lora = recipe.student.lora
     objective = build_objective(recipe)
+    teachers = _teachers(recipe, objective)
+    teacher = teachers[0][1] if teachers else None
     writes = recipe.source.settings.generates
     rows = min(recipe.rollout.rows, recipe.rollout.prompts * recipe.rollout.group) if writes else 0
     shape = ModelShape.from_config(student_config)
@@ -89,6 +117,7 @@ def memory_plan(recipe: Recipe) -> MemoryPlan:
         checkpointing=recipe.student.gradient_checkpointing,
         device=device,
         more=_look_ahead(recipe, trainable)
+        + tuple(_further(recipe, teachers[1:], tokens))
         + _teacher_cache(recipe, teacher_shape, rows)
         + feature_items(objective, shape, teacher_shape, tokens, _longest(recipe))
         + teacher_items(recipe, objective, shape, teacher_shape, trainable, tokens, _longest(recipe), device),
