@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -27,6 +27,7 @@ log = logging.getLogger("kdrl")
 T = TypeVar("T")
 
 LONGEST_PAUSE_S = 10.0
+CONNECT_S = 10.0
 _DOWN = (502, 503, 504)
 _AGAIN = (408, 425, 429, 500)
 
@@ -37,6 +38,10 @@ class UnreachableError(Exception):
 
 class UnusableError(Exception):
     """An answer that another try may better: an internal error, a time-out, broken JSON, the wrong shape."""
+
+
+class SlowError(UnusableError):
+    """No answer in time: the replica may hang, so others are asked first."""
 
 
 @dataclass
@@ -70,7 +75,10 @@ class _Connections:
         if url not in self.open:
             parts = urlsplit(url)
             kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-            self.open[url] = kind(parts.netloc, timeout=self.timeout)
+            connection = kind(parts.netloc, timeout=min(CONNECT_S, self.timeout))
+            connection.connect()
+            connection.sock.settimeout(self.timeout)
+            self.open[url] = connection
         return self.open[url]
 
     def drop(self, url: str) -> None:
@@ -141,6 +149,9 @@ class Client:
         with ThreadPoolExecutor(workers, thread_name_prefix="teacher") as pool:
             futures: list[Future[T]] = [pool.submit(work, index) for index in range(len(bodies))]
             try:
+                # The first to fail ends it, not the first in order, which may still wait.
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()
                 return [future.result() for future in futures]
             except BaseException:
                 # Also for a Ctrl-C: no thread may go on waiting for a server.
@@ -177,6 +188,8 @@ class Client:
             except UnreachableError as error:
                 self._set_aside(replica, str(error))
             except UnusableError as error:
+                if isinstance(error, SlowError):
+                    self._set_aside(replica, str(error))
                 failures, turn = failures + 1, turn + 1
                 if failures > self.config.retries:
                     raise RunError(
@@ -203,13 +216,16 @@ class Client:
         """One request and its answer."""
         try:
             connection = connections.to(replica.url)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise UnreachableError(_reason(error)) from None
+        try:
             method = "GET" if payload is None else "POST"
             connection.request(method, urlsplit(replica.url).path + path, payload, self._headers)
             response = connection.getresponse()
             data, status = response.read(), response.status
         except TimeoutError:
             connections.drop(replica.url)
-            raise UnusableError(f"no answer within {self.config.timeout_s:g} s") from None
+            raise SlowError(f"no answer within {self.config.timeout_s:g} s") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             connections.drop(replica.url)
             raise UnreachableError(_reason(error)) from None
