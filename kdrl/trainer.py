@@ -32,6 +32,7 @@ from kdrl.seeds import derive
 from kdrl.teachers import Evidence, Teacher
 from kdrl.teachers.beside import Beside
 from kdrl.update import Scored, Tally, Updater
+from kdrl.vocab.teacher import chunk_blocks
 from kdrl.watch import Watch
 
 
@@ -292,7 +293,8 @@ class Trainer:
             temperature,
             token_data(rollouts),
             self._uniforms(rollouts, active, moment),
-            blocks={a.name: block_ids(a.keep_N, rollouts.row_N, a.term.block) for a in active if a.term.block},
+            blocks={a.name: block_ids(a.keep_N, rollouts.row_N, a.term.block) for a in active if a.term.block}
+            | chunk_blocks(active, evidence),
         )
         with phases.of("update"):
             return replace(scored, measured=measure_scores(self.parts.updater, scored))

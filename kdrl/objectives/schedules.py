@@ -195,8 +195,7 @@ class Memory:
         for path, mine in self.schedules.items():
             if mine is schedule:
                 return self.states[path]
-        assert schedule.adaptive is not None
-        return schedule.adaptive.begin()
+        raise TypeError(f"{schedule!r} is not of this run's recipe: a copy of a configuration has no memory")
 
     def follows(self, metric: str) -> bool:
         """Whether any of them reads a metric."""

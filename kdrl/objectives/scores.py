@@ -178,6 +178,8 @@ def _read_settings(name: str, kind: Kind, given: Any) -> dict[str, Any]:
     settings = given if isinstance(given, dict) else {} if given == () else {next(iter(parameters), "value"): given}
     # `above: {entropy_p: ...}` would be ambiguous: a mapping is always the settings.
     for key in settings:
+        if key not in parameters and key in SCORES and "of" in parameters:
+            raise ValueError(f"score {name} takes another score by its setting `of`: {{{name}: {{of: {key}, ...}}}}")
         if key not in parameters:
             raise ValueError(f"score {name} has no setting {key!r}{nearest(str(key), parameters)}")
     missing = [k for k, p in parameters.items() if p.default is p.empty and k not in settings]

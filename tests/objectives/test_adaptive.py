@@ -237,7 +237,7 @@ def test_states_survive_json_and_go_on_as_if_never_stopped():
     assert len(moved) == len(PATHS), "every one of them moved"
 
 
-def test_a_schedule_of_another_recipe_stands_at_its_start():
+def test_a_schedule_of_another_recipe_is_refused_and_does_not_stand_still():
     memory = Memory.within(DistillConfig.model_validate(CONFIG))
-    memory.update({"kl_teacher": 1.0}, 0, 10)
-    assert Schedule({"target_kl": {"target": 0.5}}).at(Moment(1, 10, memory)) == 1.0
+    with pytest.raises(TypeError, match="not of this run's recipe"):
+        Schedule({"target_kl": {"target": 0.5}}).at(Moment(1, 10, memory))

@@ -327,7 +327,7 @@ def test_settings_and_leaves_may_be_schedules(spec: Any):
         ({"head_gap": {"nu": 0.5}}, "head_gap has no setting 'nu'; did you mean 'mu'"),
         ({"above": {"of": "max_p"}}, "above needs value"),
         ("above", "above needs of, value"),
-        ({"one_minus": {"max_p": 1}}, "one_minus has no setting 'max_p'; known: of"),
+        ({"one_minus": {"max_p": 1}}, r"takes another score by its setting `of`: \{one_minus: \{of: max_p"),
         ({"above": "max_p"}, "above needs value"),
         ({"top_share": {"of": "max_p"}}, "top_share needs share"),
         ({"max_p": {"temperature": 2}}, "max_p has no setting 'temperature'"),
