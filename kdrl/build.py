@@ -29,6 +29,8 @@ from kdrl.sources.build import Writers
 from kdrl.tasks import Problem, Task, VerifierPool, build_task
 from kdrl.tasks.base import take
 from kdrl.teachers import LocalTeacher, PreparedTeacher, ReferenceTeacher, SelfTeacher, Teacher
+from kdrl.teachers.cache_checks import check_draws
+from kdrl.teachers.cached import CachedTeacher, open_cached, open_writing
 from kdrl.teachers.checks import (
     asked_models,
     asked_teachers,
@@ -73,6 +75,8 @@ class Builder:
         self._observe("scores", lambda: warnings_of(self.objective))
         self.student = load_model(recipe.student, self.device, trainable=True, seed=recipe.seed)
         self.served: dict[str, ServedTeacher] = {}
+        self.cached: dict[str, CachedTeacher] = {}
+        self._stack = stack
         self.models = self._load_teachers()
         self.teacher = self.models.get("teacher")
         self.task = self._task()
@@ -96,6 +100,10 @@ class Builder:
             self.notes.append("the teacher is not loaded: no term asks it and it writes nothing")
         for name in asked:
             section = section_of(recipe, name)
+            if section.reads_cache:
+                self.cached[name] = open_cached(section, self.student, recipe.rollout.temperature)
+                self.notes.append(f"{name} is not loaded: its scores are read from {self.cached[name].store.folder}")
+                continue
             if section.served is not None:
                 self.served[name] = open_served(section, self.student, most_asked(self.objective))
                 continue
@@ -187,8 +195,7 @@ class Builder:
         """The teachers that terms ask by name, and the frozen initial student where a term needs it."""
         budget = self.recipe.optimizer.micro_batch_tokens
         recipe = self.recipe
-        models = asked_models(recipe, self.objective)
-        members = {name: self._scoring_teacher(name, budget) for name in models}
+        members = self.members()
         found = {name: members[name] for name in asked_teachers(self.objective) if name in members}
         for name in asked_teachers(self.objective):
             section = recipe.teachers.get(name)
@@ -201,8 +208,26 @@ class Builder:
         leashed = any(t.needs.reference for t in self.objective.terms)
         return found, ReferenceTeacher(self.student, budget) if leashed else None
 
-    def _scoring_teacher(self, name: str, budget: int) -> Teacher:
+    def members(self) -> dict[str, Teacher]:
+        """The teachers that are models, by name."""
+        return {name: self._scoring_teacher(name) for name in asked_models(self.recipe, self.objective)}
+
+    def _scoring_teacher(self, name: str) -> Teacher:
         section = section_of(self.recipe, name)
+        found = self.cached[name] if name in self.cached else self._live_teacher(name)
+        if section.cache is not None and section.cache.write:
+            recipe, cache = self.recipe, section.cache
+            model, where = self.models.get(name), Path(cache.path).expanduser()
+            temperature, seed = recipe.rollout.temperature, recipe.seed
+            found = open_writing(found, section, model, self.student, where, cache, temperature=temperature, seed=seed)
+            self._stack.enter_context(found.store)
+            self.notes += found.store.notes
+        if isinstance(found, CachedTeacher):
+            check_draws(found.store.manifest.get("tau"), name, self.objective)
+        return found
+
+    def _live_teacher(self, name: str) -> Teacher:
+        section, budget = section_of(self.recipe, name), self.recipe.optimizer.micro_batch_tokens
         if name in self.served:
             return self.served[name]
         if name not in self.models:

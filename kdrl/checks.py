@@ -9,6 +9,7 @@ from kdrl.objectives.terms import TERMS, Distill, PolicyGradient, Preference, Re
 from kdrl.recipe import Recipe
 from kdrl.score_checks import check_scores, reads_rewards
 from kdrl.sources.checks import check_filtered_rewards, check_source, foreign_reason, own_samples
+from kdrl.teachers.cache_checks import check_cache
 from kdrl.teachers.checks import check_self_teacher, check_several, teacher_of
 from kdrl.teachers.elsewhere import check_served
 
@@ -51,6 +52,7 @@ def check_recipe(recipe: Recipe) -> None:
     objective = build_objective(recipe)
     check_several(recipe, objective)
     check_served(recipe, objective)
+    check_cache(recipe, objective)
     _check_teacher(recipe, objective)
     check_self_teacher(recipe, self_terms(objective))
     check_source(recipe)

@@ -59,6 +59,10 @@ class Codec:
         """The stored scores of tokens `at_M` of a shard."""
         raise NotImplementedError
 
+    def nothing(self) -> Found:
+        """The scores of no token."""
+        raise NotImplementedError
+
 
 def codec_of(settings: Mapping[str, Any], vocab: int, seed: int) -> Codec:
     """The codec of a manifest's settings; draws follow from `seed` and the response alone."""
@@ -131,6 +135,10 @@ class TopK(Codec):
         logp_MK = dequantise(shard["code"][at_M], shard["range"][at_M], tail_M)
         return Found(few=Few(ids, logp_MK, tail_N=tail_M))
 
+    def nothing(self) -> Found:
+        """No row."""
+        return Found(few=Few(torch.zeros(0, self.k, dtype=torch.long), torch.zeros(0, self.k), tail_N=torch.zeros(0)))
+
 
 class Draws(Codec):
     """n draws from p^tau: each distinct token once, with its count and its log-prob to 0.005 nats (RS-KD, 2503.16870).
@@ -167,7 +175,7 @@ class Draws(Codec):
 
     def _entries(self, ids_CK: Tensor, logp_CK: Tensor) -> tuple[Tensor, Tensor]:
         """Distinct tokens of each row and their packed entries one row after another."""
-        ids_CK, order = ids_CK.sort(-1, stable=True)
+        ids_CK, order = torch.sort(ids_CK, dim=-1, stable=True)
         new = torch.ones_like(ids_CK, dtype=torch.bool)
         new[:, 1:] = ids_CK[:, 1:] != ids_CK[:, :-1]
         place = new.cumsum(-1) - 1
@@ -199,6 +207,11 @@ class Draws(Codec):
             weight = weight * ((1.0 - self.tau) * logp + shard["norm"][at_M][:, None]).exp()
         return Found(few=Few(words >> (self.count_bits + CODE_BITS), logp, weight))
 
+    def nothing(self) -> Found:
+        """No row."""
+        empty = torch.zeros(0, self.n)
+        return Found(few=Few(empty.long(), empty, empty))
+
 
 class Hidden(Codec):
     """Last hidden states in bfloat16 where the teacher computes in it, else float16; the head is stored once."""
@@ -223,6 +236,10 @@ class Hidden(Codec):
     def decode(self, shard: Shard, at_M: Tensor) -> Found:
         """The hidden states, to be read with the stored head."""
         return Found(hidden_MD=shard["hidden"][at_M])
+
+    def nothing(self) -> Found:
+        """No row; the head knows the width."""
+        return Found(hidden_MD=torch.zeros(0, 0))
 
 
 def head_tensors(head: Head) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""How a recipe says where a teacher's scores are stored. No torch import: a recipe is read before anything is loaded."""
+"""How a recipe says where a teacher's scores are stored. No torch import, for a recipe is read before all else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Stored(Config):
     """What is stored of every response token beside the log-prob of the token itself."""
 
     kind: CacheKind = "topk"
-    """`topk`: the likeliest tokens and the mass of all others; `draws`: unbiased draws; `hidden`: last hidden states."""
+    """`topk`: the likeliest tokens and the mass of the rest; `draws`: unbiased draws; `hidden`: last hidden states."""
     k: int | None = Field(default=None, ge=1)
     """topk: how many (64)."""
     draws: int | None = Field(default=None, ge=1, le=255)

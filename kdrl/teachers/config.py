@@ -12,6 +12,7 @@ from kdrl.errors import nearest
 from kdrl.models.config import TeacherModelConfig
 from kdrl.objectives.base import ScheduleField
 from kdrl.objectives.schedules import Schedule
+from kdrl.teachers.cache_config import CacheConfig
 from kdrl.teachers.prepare import Prepare, read_prepare, write_prepare
 from kdrl.teachers.served_config import ServedConfig
 
@@ -87,9 +88,21 @@ class TeacherConfig(TeacherModelConfig):
     served: ServedConfig | None = None
     """The teacher is on a server, as in {urls: [http://HOST:8000]}; `model` then names its tokenizer, and weights for
     the parity check where they are at hand."""
+    cache: CacheConfig | None = None
+    """A folder of `kdrl cache-teacher`, whose scores are read with no teacher in memory (`model` then names its
+    tokenizer); or {path: FOLDER, write: true, kind: topk, k: 64}: the teacher scores what the folder lacks."""
 
     @model_validator(mode="after")
     def _elsewhere(self) -> TeacherConfig:
         if self.served is not None and self.prepare is not None:
             raise ValueError("`prepare` adapts a teacher in this process, and a served one is elsewhere; remove one")
+        if self.cache is not None and self.prepare is not None:
+            raise ValueError("`prepare` changes what a teacher answers, and a cache holds what it answered; remove one")
+        if self.reads_cache and self.served is not None:
+            raise ValueError("a cache that is read needs no server; remove `served`, or set cache.write: true")
         return self
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether stored scores stand in for the teacher, which is then not loaded."""
+        return self.cache is not None and not self.cache.write
