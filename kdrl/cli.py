@@ -12,8 +12,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from kdrl.data.cache_teacher import register as register_cache
 from kdrl.data.commands import register
 from kdrl.errors import UserError
+from kdrl.teachers.serving import register as register_serving
 
 app = typer.Typer(
     name="kdrl",
@@ -266,6 +268,8 @@ def report(
 
 
 register(app)
+register_cache(app)
+register_serving(app)
 
 
 def _fail(text: str, status: int) -> None:
