@@ -44,6 +44,8 @@ from kdrl.teachers.served import ServedTeacher
 from kdrl.teachers.served_checks import Plan, most_asked, open_served, served_checks
 from kdrl.trainer import Parts
 from kdrl.update import Updater
+from kdrl.vocab.checks import in_chunks
+from kdrl.vocab.pairing import check_alignment, checks_of, reading
 
 Check = Callable[[], Sequence[str] | None]
 Observe = Callable[[str, Check], None]
@@ -110,13 +112,15 @@ class Builder:
             if shares_student(recipe, self.objective, name):
                 self.notes.append(f"{name} is the student's own base model: its weights are shared, adapters off")
                 continue
-            twin = next((n for n in found if same_model(section_of(recipe, n), section)), None)
+            alike = [n for n in found if in_chunks(self.objective, n) == in_chunks(self.objective, name)]
+            twin = next((n for n in alike if same_model(section_of(recipe, n), section)), None)
             if twin is not None:
                 self.notes.append(f"{name} is the same checkpoint as {twin} and is loaded once")
                 found[name] = found[twin]
                 continue
             found[name] = load_model(section, self.device, trainable=False, seed=recipe.seed)
-            for what, check in pairing_checks(self.student, found[name]).items():
+            pair = (self.student, found[name])
+            for what, check in checks_of(recipe, self.objective, name, pair, pairing_checks(*pair)).items():
                 self._observe(what if name == "teacher" else f"{what} ({name})", check)
         return found
 
@@ -137,7 +141,11 @@ class Builder:
         stream = self.stream
         # A generated task goes on for ever, so a sample has to do; of a file every problem is measured.
         problems = take(stream, 64 if stream.size is None else stream.size)
-        self._observe("context length", lambda: check_lengths(models, problems, self.recipe))
+        own = [name for name in self.models if in_chunks(self.objective, name)]
+        self._observe("context length", lambda: check_lengths(models, problems, self.recipe, own))
+        for name in own:
+            found = partial(check_alignment, name, self.student, self.models[name], problems)
+            self._observe(f"alignment ({name})", found)
         self._observe("self-teacher's context", lambda: check_contexts(self.student, problems, self.recipe))
         self._check_served(problems)
         self._observe("routes", lambda: check_routes(self.recipe, problems))
@@ -203,6 +211,7 @@ class Builder:
                 found[name] = section.build(name, members)
         if self_terms(self.objective):
             found["self"] = SelfTeacher(self.student, budget, recipe.self_teacher)
+        found = {n: reading(self.objective, n, t, self.student, self.models.get(n)) for n, t in found.items()}
         for name, each in found.items():
             self._observe(f"what {name} gives", partial(check_gives, name, each.gives, self.objective))
         leashed = any(t.needs.reference for t in self.objective.terms)

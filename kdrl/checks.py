@@ -5,13 +5,14 @@ from __future__ import annotations
 from kdrl.errors import UserError
 from kdrl.objectives.masks import mask_names, reads_entropy
 from kdrl.objectives.objective import Objective
-from kdrl.objectives.terms import TERMS, Distill, PolicyGradient, Preference, ReferenceKL, SequenceKL, Term
+from kdrl.objectives.terms import TERMS, ChunkKL, Distill, PolicyGradient, Preference, ReferenceKL, SequenceKL, Term
 from kdrl.recipe import Recipe
 from kdrl.score_checks import check_scores, reads_rewards
 from kdrl.sources.checks import check_filtered_rewards, check_source, foreign_reason, own_samples
 from kdrl.teachers.cache_checks import check_cache
 from kdrl.teachers.checks import check_self_teacher, check_several, teacher_of
 from kdrl.teachers.elsewhere import check_served
+from kdrl.vocab.checks import check_vocabulary_terms
 
 OF_CORRECTNESS = {"wrong_response", "right_response", "wrong_group"}
 
@@ -51,6 +52,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise UserError("the recipe has no objective: name a method (`kdrl methods` lists them) or give `objective`.")
     objective = build_objective(recipe)
     check_several(recipe, objective)
+    check_vocabulary_terms(recipe, objective)
     check_served(recipe, objective)
     check_cache(recipe, objective)
     _check_teacher(recipe, objective)
@@ -151,10 +153,11 @@ def _check_term(recipe: Recipe, name: str, term: Term) -> None:
             raise UserError("a group of one response has no standard deviation; set rollout.group to 2 or more.")
     sampled = isinstance(term, Distill) and config.support.kind == "token"
     foreign = read - own_samples(recipe)
-    if (sampled or isinstance(term, ReferenceKL | SequenceKL)) and foreign:
+    if (sampled or isinstance(term, ReferenceKL | SequenceKL | ChunkKL)) and foreign:
+        exact = "use chunk_distill" if isinstance(term, ChunkKL) else "support: full"
         raise UserError(
             f"objective.{name} estimates a KL from the student's own samples; on {', '.join(sorted(foreign))} "
-            f"text that is not its gradient. Set on: [student], or support: full.{foreign_reason(foreign)}"
+            f"text that is not its gradient. Set on: [student], or {exact}.{foreign_reason(foreign)}"
         )
     judged = mask_names(config.mask) & OF_CORRECTNESS
     if read == {"gold"} and judged:

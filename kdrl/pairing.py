@@ -35,8 +35,9 @@ def _check_tokens(student: LoadedModel, teacher: LoadedModel) -> list[str]:
         shown = ", ".join(repr(t) for t in differing[:3])
         raise UserError(
             f"the teacher has another tokenizer than the student: {len(differing)} tokens differ (such as {shown}). "
-            "A same-tokenizer loss would compare unrelated tokens; choose a teacher of the student's family, or use "
-            "its text: source teacher with a cross_entropy term."
+            "A same-tokenizer loss would compare unrelated tokens; choose a teacher of the student's family; or read it "
+            "in its own tokens by chunk_kl, chunk_distill, overlap_distill, group_distill or sorted_distill in place of "
+            "the terms that ask it; or use its text: kdrl generate, then source traces with cross_entropy."
         )
     return []
 
@@ -81,15 +82,21 @@ def check_gives(who: str, gives: Gives, objective: Objective) -> None:
         )
 
 
-def check_lengths(models: dict[str, LoadedModel], problems: Sequence[Problem], recipe: Recipe) -> None:
-    """Raise UserError when prompt and response together do not fit a model's context."""
-    student = models["student"]
+def check_lengths(
+    models: dict[str, LoadedModel], problems: Sequence[Problem], recipe: Recipe, own: Sequence[str] = ()
+) -> None:
+    """Raise UserError when prompt and response together do not fit a model's context.
+
+    The models in `own` read the prompt in their own tokens.
+    """
     prompts: list[Prompt] = [p.prompt for p in problems]
     if recipe.source.template is not None:
         prompts += [privileged_prompt(p, recipe.source.template) for p in problems]
-    longest = max((len(encode_prompt(student, prompt)) for prompt in prompts), default=0)
-    need = longest + recipe.rollout.max_new_tokens
+    readers = {who: models[who] for who in ("student", *own)}
+    lengths = {who: max((len(encode_prompt(m, p)) for p in prompts), default=0) for who, m in readers.items()}
     for who, loaded in models.items():
+        longest = lengths.get(who, lengths["student"])
+        need = longest + recipe.rollout.max_new_tokens
         config = loaded.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         if context is not None and need > context:

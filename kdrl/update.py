@@ -262,6 +262,10 @@ class Updater:
         return value, applied
 
 
+def _columns(scored: Scored, teacher: Evidence | None) -> Mapping[str, Tensor]:
+    return scored.data if teacher is None else {**scored.data, **teacher.columns}
+
+
 def _view(
     scored: Scored,
     active: Active,
@@ -291,7 +295,7 @@ def _view(
         group_N=rollouts.group_B[row_M],
         foreign_N=~rollouts.origin_N(("student",))[index_M],
         coupled_N=None if coupled_N is None else coupled_N[index_M],
-        data={name: values_N[index_M] for name, values_N in scored.data.items()},
+        data={name: values_N[index_M] for name, values_N in _columns(scored, teacher).items()},
         measured={key: values_N[index_M] for key, values_N in scored.measured.get(active.name, {}).items()},
         moment=active.moment,
     )

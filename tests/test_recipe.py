@@ -335,7 +335,7 @@ def test_models_of_one_tokenizer_pair_without_a_note():
 
 
 def test_another_tokenizer_is_refused_and_the_tokens_named():
-    with pytest.raises(UserError, match=r"2 tokens differ \(such as '3', '4'\).*source teacher with a cross_entropy"):
+    with pytest.raises(UserError, match=r"2 tokens differ \(such as '3', '4'\).*kdrl generate, then source traces"):
         check_pairing(model("0123"), model("0124"))
     with pytest.raises(UserError, match="another tokenizer"):
         check_pairing(model("0123"), model("0132"))

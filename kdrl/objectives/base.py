@@ -68,6 +68,8 @@ class Needs:
     entropy: bool = False
     rewards: bool = False
     features: bool = False
+    vocabulary: bool = False
+    """The teacher reads the response in tokens of its own."""
 
 
 class TermConfig(Config):

@@ -15,7 +15,7 @@ from kdrl.objectives.policy import advantages
 from kdrl.objectives.reduce import token_weights
 from kdrl.objectives.schedules import START, Moment
 from kdrl.objectives.scores import Tokens, column
-from kdrl.objectives.terms import Distill, PolicyGradient, Term, TokenView
+from kdrl.objectives.terms import Distill, PolicyGradient, Term, TokenView, VocabTerm
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Active:
         """Which teacher the term asks: `teacher`, one of several by name, `self`, or none."""
         if self.term.needs.teacher is None:
             return None
-        return self.term.config.teacher if isinstance(self.term, Distill) else "teacher"
+        return self.term.config.teacher if isinstance(self.term, Distill | VocabTerm) else "teacher"
 
     def wanted_N(self, row_N: Tensor, rows: int) -> Tensor:
         """Tokens whose log-probs the term reads: those kept, or all trained ones of their responses."""

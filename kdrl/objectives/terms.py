@@ -10,17 +10,22 @@ from kdrl.objectives.likelihood import CrossEntropy, EntropyBonus, ReferenceKL, 
 from kdrl.objectives.policy_gradient import PolicyGradient, PolicyGradientConfig, TeacherAnchor
 from kdrl.objectives.preference import Preference, PreferenceConfig
 from kdrl.objectives.returns import SequenceKL, SequenceKLConfig
+from kdrl.vocab.terms import ChunkDistill, ChunkKL, GroupDistill, OverlapDistill, SortedDistill, VocabTerm
 
 __all__ = [
     "TERMS",
     "BatchDistill",
     "BatchDistillConfig",
+    "ChunkDistill",
+    "ChunkKL",
     "CrossEntropy",
     "Distill",
     "DistillConfig",
     "EntropyBonus",
     "FeatureTerm",
+    "GroupDistill",
     "Needs",
+    "OverlapDistill",
     "PolicyGradient",
     "PolicyGradientConfig",
     "Preference",
@@ -30,10 +35,12 @@ __all__ = [
     "ScheduleField",
     "SequenceKL",
     "SequenceKLConfig",
+    "SortedDistill",
     "TeacherAnchor",
     "Term",
     "TermConfig",
     "TokenView",
+    "VocabTerm",
     "register_block_loss",
     "register_term",
 ]

@@ -81,6 +81,11 @@ class Evidence:
         """Teachers that each response was put to."""
         return 1
 
+    @property
+    def columns(self) -> Mapping[str, Tensor]:
+        """More that a term may know of each token, `[N]` by name."""
+        return {}
+
     def shares(self) -> dict[str, float]:
         """The share of the scored tokens of each teacher that they are divided among."""
         return {}
@@ -119,7 +124,7 @@ class Evidence:
         logq_C = logq_CV.gather(-1, token_C[:, None]).squeeze(-1)
         # From the distribution where there is one, so that both sides are rounded alike.
         stored_C = self.logp_N[index_C].to(logq_C.dtype)
-        logp_C = stored_C if logp_CV is None else logp_CV.gather(-1, token_C[:, None]).squeeze(-1)
+        logp_C = self._of_written(logp_CV, token_C, stored_C)
         reference = given.reference
         known = reference is not None and reference.hidden_MD is not None
         return Tokens(
@@ -136,6 +141,11 @@ class Evidence:
             measured={key: values_N[index_C] for key, values_N in given.measured.items()},
             moment=given.moment,
         )
+
+
+    def _of_written(self, logp_CV: Tensor | None, token_C: Tensor, stored_C: Tensor) -> Tensor:
+        """Log-probs of the written tokens, from the distribution where there is one."""
+        return stored_C if logp_CV is None else logp_CV.gather(-1, token_C[:, None]).squeeze(-1)
 
 
 class Teacher(Protocol):

@@ -17,6 +17,7 @@ from kdrl.objectives.schedules import Moment
 from kdrl.teachers.base import Teacher
 from kdrl.teachers.own import SelfTeacher
 from kdrl.teachers.prepared import PreparedTeacher
+from kdrl.vocab.teacher import VocabTeacher
 
 
 class Companion(Protocol):
@@ -52,15 +53,25 @@ class Beside:
         return {name: t for name, t in self.teachers.items() if isinstance(t, PreparedTeacher)}
 
     @property
+    def other(self) -> dict[str, VocabTeacher]:
+        """Teachers that read a response in tokens of their own."""
+        return {name: t for name, t in self.teachers.items() if isinstance(t, VocabTeacher)}
+
+    @property
     def companions(self) -> dict[str, Companion]:
         """Everything with a state, by its name in a checkpoint."""
         found: dict[str, Companion] = {f"prepared_{name}": t for name, t in self.prepared.items()}
         return found if self.own is None else found | {"self_teacher": self.own}
 
     def narrowed(self, active: Sequence[Active], rollouts: Rollouts) -> list[Active]:
-        """The terms; those that ask the self-teacher only where it has a prompt to read, which is filled in here."""
+        """The terms; those that ask the self-teacher only where it has a prompt to read, which is filled in here.
+
+        Those that ask a teacher of another tokenizer only where its tokens stand for the student's.
+        """
+        other = self.other
+        active = [other[a.teacher].narrowed(a, rollouts) if a.teacher in other else a for a in active]
         if self.own is None:
-            return list(active)
+            return active
         self.own.dress(rollouts.responses)
         reach_N = self.own.reach_N(rollouts)
         return [
@@ -80,10 +91,15 @@ class Beside:
         return row
 
     def numbers(self, responses: Sequence[Response]) -> dict[str, float]:
-        """The share of a step's responses that the self-teacher had no prompt for."""
+        """The share of a step's responses that the self-teacher had no prompt for; how well tokens were aligned."""
+        row = {
+            "/".join(["vocabulary", *([name] if len(self.other) > 1 else []), key]): value
+            for name, teacher in self.other.items()
+            for key, value in teacher.numbers().items()
+        }
         if self.own is None:
-            return {}
-        return {"without_context": sum(r.privileged_ids is None for r in responses) / max(1, len(responses))}
+            return row
+        return row | {"without_context": sum(r.privileged_ids is None for r in responses) / max(1, len(responses))}
 
     def after_update(self, moment: Moment) -> None:
         """After an optimizer step that was applied."""

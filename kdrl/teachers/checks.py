@@ -10,7 +10,7 @@ from kdrl.errors import UserError, nearest
 from kdrl.models.config import TeacherModelConfig
 from kdrl.objectives.base import Term
 from kdrl.objectives.objective import Objective
-from kdrl.objectives.terms import Distill
+from kdrl.objectives.terms import Distill, VocabTerm
 from kdrl.recipe import Recipe
 from kdrl.tasks.base import Problem
 from kdrl.teachers.combined import CombinedConfig
@@ -61,7 +61,7 @@ def teacher_of(term: Term[Any]) -> str | None:
         return "teacher"
     if term.needs.teacher is None:
         return None
-    return term.config.teacher if isinstance(term, Distill) else "teacher"
+    return term.config.teacher if isinstance(term, Distill | VocabTerm) else "teacher"
 
 
 def asked_teachers(objective: Objective) -> list[str]:

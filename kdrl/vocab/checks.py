@@ -1,0 +1,50 @@
+"""Which teachers are read through chunks, and terms on chunks that cannot work, refused before anything is loaded."""
+
+from __future__ import annotations
+
+from kdrl.errors import UserError
+from kdrl.objectives.objective import Objective
+from kdrl.objectives.terms import VocabTerm
+from kdrl.recipe import Recipe
+from kdrl.teachers.checks import section_of, teacher_of
+from kdrl.teachers.combined import CombinedConfig
+
+
+def in_chunks(objective: Objective, name: str) -> bool:
+    """Whether terms read the teacher called `name` through chunks, so that its tokenizer may be its own."""
+    asking = [term for term in objective.terms if teacher_of(term) == name]
+    return bool(asking) and all(isinstance(term, VocabTerm) for term in asking)
+
+
+def check_vocabulary_terms(recipe: Recipe, objective: Objective) -> None:
+    """Raise UserError for a term on chunks whose teacher cannot be read so."""
+    for name, term in zip(objective.names, objective.terms, strict=True):
+        if not isinstance(term, VocabTerm):
+            continue
+        asked = term.config.teacher
+        others = [
+            n
+            for n, t in zip(objective.names, objective.terms, strict=True)
+            if teacher_of(t) == asked and not isinstance(t, VocabTerm)
+        ]
+        if asked == "self":
+            raise UserError(f"objective.{name} compares tokenizers, and the student has its own; use a distill term.")
+        if others:
+            raise UserError(
+                f"objective.{name} has the teacher read its own tokens, and objective.{others[0]} the student's; name "
+                "the teacher twice under `teachers`, one for each, or drop one of the terms."
+            )
+        if isinstance(recipe.teachers.get(asked), CombinedConfig):
+            raise UserError(
+                f"objective.{name} asks {asked!r}, which is made of several teachers; chunks are laid out for one "
+                "model, so write one term for each of them."
+            )
+        if recipe.teacher is None and asked not in recipe.teachers:
+            continue  # said where teachers are looked for
+        section = section_of(recipe, asked)
+        unfit = [key for key in ("prepare", "served", "cache") if getattr(section, key, None) is not None]
+        if unfit:
+            raise UserError(
+                f"objective.{name} reads a teacher in its own tokens, which {asked}.{unfit[0]} cannot do yet; load it "
+                "as a local model."
+            )

@@ -1,0 +1,74 @@
+"""What must hold of a student and a teacher that reads its own tokens, and the teacher as its terms read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from kdrl.errors import UserError
+from kdrl.models import LoadedModel
+from kdrl.objectives.objective import Objective
+from kdrl.recipe import Recipe
+from kdrl.tasks import Problem
+from kdrl.teachers.base import Teacher
+from kdrl.vocab.align import align
+from kdrl.vocab.checks import in_chunks
+from kdrl.vocab.teacher import VocabTeacher, Vocabularies
+
+
+def check_vocabularies(student: LoadedModel, teacher: LoadedModel) -> list[str]:
+    """A note on how much the two vocabularies share; UserError when tokens of one are no fixed bytes."""
+    both = Vocabularies(student, teacher)
+    shared, small = both.shared_2K.shape[1], min(student.vocab_size, teacher.vocab_size)
+    return [
+        f"the teacher reads its own tokens: {shared} of {student.vocab_size} student and {teacher.vocab_size} teacher "
+        f"tokens stand for the same text ({shared / small:.0%} of the smaller vocabulary)"
+    ]
+
+
+def checks_of(
+    recipe: Recipe,
+    objective: Objective,
+    name: str,
+    models: tuple[LoadedModel, LoadedModel],
+    same: dict[str, Callable[[], list[str]]],
+) -> dict[str, Callable[[], list[str]]]:
+    """The checks of student and teacher: `same` where they must have one tokenizer, else that they can be aligned."""
+    writes = name == "teacher" and recipe.source.settings.asks_teacher
+    if writes or not in_chunks(objective, name):
+        return same
+    return {"vocabularies": partial(check_vocabularies, *models)}
+
+
+def check_alignment(who: str, student: LoadedModel, teacher: LoadedModel, problems: Sequence[Problem]) -> list[str]:
+    """A note on how the solutions (or prompts) of some problems are cut by both; UserError when nothing matches."""
+    both = Vocabularies(student, teacher)
+    texts = [p.solution or p.prompt for p in problems]
+    mine = teachers = groups = covered = 0
+    for text in (t for t in texts if isinstance(t, str) and t):
+        ids, pieces = both.mine.encode(text.encode())
+        others, theirs = both.theirs.encode(text.encode())
+        found = align(pieces, theirs)
+        mine, teachers, groups = mine + len(ids), teachers + len(others), groups + len(found)
+        covered += found[-1].student[1] if found else 0
+    if not mine:
+        return []
+    if covered * 2 < mine:
+        raise UserError(
+            f"{who} cannot be aligned with the student: of {mine} student tokens of the problems' texts only {covered} "
+            "stand for text that both can write. Its tokenizer lacks their characters; choose another teacher."
+        )
+    return [
+        f"{who}: {covered / mine:.0%} of the student's tokens aligned, {mine / max(1, groups):.2f} student and "
+        f"{teachers / max(1, groups):.2f} teacher tokens a chunk"
+    ]
+
+
+def reading(
+    objective: Objective, name: str, teacher: Teacher, student: LoadedModel, loaded: LoadedModel | None
+) -> Teacher:
+    """The teacher as its terms read it: in its own tokens where all of them go by chunks."""
+    if not in_chunks(objective, name):
+        return teacher
+    # Without a model of its own it is the student's base.
+    return VocabTeacher(teacher, Vocabularies(student, loaded or student))
