@@ -66,9 +66,9 @@ def _teacher_cache(recipe: Recipe, teacher: ModelShape | None, rows: int) -> tup
 
 def _teachers(recipe: Recipe, objective: Objective) -> list[tuple[str, TeacherModelConfig]]:
     """Models beside the student that are held, each checkpoint once; the one called teacher first."""
-    names = dict.fromkeys([*(["teacher"] if recipe.teacher is not None else []), *asked_models(recipe, objective)])
+    first = ["teacher"] if recipe.teacher is not None else []
     found: list[tuple[str, TeacherModelConfig]] = []
-    for name in names:
+    for name in first + [name for name in asked_models(recipe, objective) if name not in first]:
         section = section_of(recipe, name)
         twin = any(same_model(section, other) for _, other in found)
         if not twin and not shares_student(recipe, objective, name):
