@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 from kdrl.data.cache_teacher import register as register_cache
 from kdrl.data.commands import register
 from kdrl.errors import UserError
-from kdrl.teachers.serving import register as register_serving
+from kdrl.serving import register as register_serving
 
 app = typer.Typer(
     name="kdrl",

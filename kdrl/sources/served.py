@@ -49,11 +49,11 @@ class ServedSource(TeacherSource):
             "top_p": s["top_p"],
             "seed": seed,
         }
-        if s["top_k"]:
-            body["top_k"] = s["top_k"]
         if s["stop"]:
             body["stop"] = list(s["stop"])
         if self.teacher.config.api == "tokens":
+            # Said even where they change nothing: vLLM would take the model's own defaults.
+            body |= {"top_k": s["top_k"] or -1, "min_p": 0.0, "repetition_penalty": 1.0}
             return body | {"prompt": prompt, "return_token_ids": True, "include_stop_str_in_output": True}
         if self.teacher.config.api == "completions":
             return body | {"prompt": self.student.tokenizer.decode(prompt)}
