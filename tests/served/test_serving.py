@@ -1,0 +1,82 @@
+"""`kdrl serve-teacher`: the command line that it becomes, and what stops it."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kdrl.cli import main
+from kdrl.recipe import load_recipe
+
+Kdrl = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def kdrl(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Kdrl:
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kdrl", "serve-teacher", *map(str, arguments)])
+        try:
+            main()
+            status: Any = 0
+        except SystemExit as end:
+            status = end.code or 0
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return call
+
+
+def test_a_dry_run_prints_the_command_and_recipe_lines_that_fit_together(kdrl: Kdrl, world: Path):
+    options = ["--port", 8765, "--top-k", 64, "--max-length", 100, "--gpu-memory", 0.5, "--key-env", "MY_KEY"]
+    status, out, _ = kdrl(world / "teacher", "--dry-run", *options, "--", "--seed", "3")
+    assert status == 0
+    command, lines = out.split("# in the recipe:\n")
+    for words in (
+        "VLLM_API_KEY=$MY_KEY ",
+        "-m vllm.entrypoints.openai.api_server",
+        "--served-model-name teacher",
+        "--port 8765",
+        "--max-logprobs 64",
+        "--no-enable-prefix-caching",
+        "--max-model-len 101",
+        "--gpu-memory-utilization 0.5",
+        "--generation-config vllm",
+    ):
+        assert words in command
+    assert command.strip().endswith("--seed 3")
+    raw = yaml.safe_load(lines) | {"method": "kdrl", "student": {"model": "x"}, "task": {"path": "y"}}
+    teacher = load_recipe(raw).teacher
+    assert teacher is not None
+    assert teacher.served is not None
+    assert teacher.served.urls == ("http://127.0.0.1:8765",)
+    assert teacher.served.key_env == "MY_KEY"
+    assert teacher.model == str(world / "teacher")
+
+
+def test_without_vllm_it_says_how_to_get_it(kdrl: Kdrl, world: Path):
+    status, out, err = kdrl(world / "teacher", "--python", sys.executable)
+    assert (status, out) == (2, "")
+    assert "pip install vllm" in err
+    assert "--python PATH/bin/python" in err
+
+
+def test_mistakes_have_their_sentence(kdrl: Kdrl, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert "there is no such folder" in kdrl(tmp_path / "none")[2]
+    assert "there is no such program" in kdrl(world / "teacher", "--python", tmp_path / "none")[2]
+    monkeypatch.delenv("MY_KEY", raising=False)
+    assert "MY_KEY, which is not set" in kdrl(world / "teacher", "--key-env", "MY_KEY")[2]
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "python").chmod(0o755)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        status, _, err = kdrl(world / "teacher", "--port", port, "--python", tmp_path / "python")
+    assert status == 2
+    assert f"127.0.0.1:{port} cannot be used" in err
