@@ -15,14 +15,16 @@ from kdrl.methods import Method, all_methods, get_method
 from kdrl.objectives.distill import DistillConfig
 from kdrl.objectives.schedules import schedules_in
 from kdrl.objectives.specs import KINDS
-from kdrl.objectives.terms import TERMS
+from kdrl.objectives.terms import TERMS, ChunkDistill
 from kdrl.recipe import Entry, plain, read_entry
 from kdrl.sources.config import SourceConfig
 from kdrl.teachers.config import SelfTeacherConfig
 
 DOT = "·"
 PLAIN = {"forward_kl": "p||q", "reverse_kl": "q||p", "tv": "TV", "rank": "rank"}
-SIGNS = {"cross_entropy": "-log q", "policy_gradient": "reward", "entropy": "-H(q)"}
+SIGNS = {"cross_entropy": "-log q", "policy_gradient": "reward", "entropy": "-H(q)", "chunk_kl": "q||p"}
+SIGNS |= {"sorted_distill": "sorted L1", "group_distill": "J(0.5) + sorted L1"}
+VOCABULARY = {"chunk_kl": "chunk", "overlap_distill": "overlap", "sorted_distill": "sort", "group_distill": "group"}
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,9 @@ def _writer(spec: Any) -> str:
 
 def _vocabulary(method: Method, entries: list[Entry]) -> str:
     terms = [TERMS.get(e.name)(e.config) for e in entries]
+    own = [f"chunk({t.config.tau})" if isinstance(t, ChunkDistill) else VOCABULARY.get(t.name) for t in terms]
+    if any(own):
+        return _joined(part for part in own if part)
     asked = any(t.needs.teacher is not None or t.needs.features for t in terms)
     return "text" if not asked and "teacher" in _read_source(method).origins else DOT
 
@@ -151,7 +156,7 @@ def _adapted(method: Method) -> str:
 
 def _comparison(entry: Entry) -> str:
     shown = plain(entry.config)
-    if entry.name == "distill":
+    if entry.name in ("distill", "chunk_distill", "overlap_distill"):
         text = _divergence(shown["divergence"])
     elif entry.name == "batch_distill":
         text = words(shown["loss"])

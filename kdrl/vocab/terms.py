@@ -43,6 +43,8 @@ class VocabConfig(TermConfig):
 
     teacher: str = "teacher"
     """`teacher`, or one of `teachers` by name: a model, not a combination of several."""
+    skip_eos: bool = False
+    """Leave the final end-of-sequence token out; the two end tokens are otherwise taken as one."""
     on: tuple[Origin, ...] = ("student", "gold", "teacher", "buffer", "speculative", "mixed", "corrupt")
     """Whose responses the term reads: student, gold, teacher, privileged, buffer, speculative, mixed, corrupt."""
 
@@ -82,6 +84,10 @@ class VocabTerm(Term[ConfigT], Generic[ConfigT]):
     def usable_N(self, columns: Mapping[str, Tensor]) -> Tensor:
         """Tokens of chunks that the term's loss stands at, bool `[N]`."""
         return columns["chunk_size"] > 0
+
+    def keep(self, last_N: Tensor) -> Tensor | None:
+        """All but the final token of a finished response under skip_eos."""
+        return ~last_N if self.config.skip_eos else None
 
     @property
     def whole_rows(self) -> bool:

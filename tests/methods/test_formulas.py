@@ -19,6 +19,7 @@ from .sampled import PUBLISHED
 
 # Terms beside distillation whose formulas have tests of their own.
 ELSEWHERE = {"policy_gradient", "preference", "sequence_kl", "feature", "entropy", "reference_kl"}
+ELSEWHERE |= {"chunk_kl", "chunk_distill", "overlap_distill", "sorted_distill", "group_distill"}
 
 
 def found(name: str, step: Step, z: Array, only: str | None = None) -> tuple[float, Array]:
