@@ -25,6 +25,7 @@ from kdrl.recipe import Recipe, load_recipe
 from kdrl.tasks import Problem, ResponseInfo
 from kdrl.tasks.base import take
 from kdrl.tasks.config import ExtractConfig
+from kdrl.teachers import TeacherConfig
 
 Verdict = Literal["ok", "note", "wrong"]
 
@@ -37,6 +38,8 @@ _FINE = {
     "context length": "the longest prompt and rollout.max_new_tokens fit every model",
     "held-out problems": "the splits that are evaluated are there",
 }
+# Checks of what most recipes do not have.
+_QUIET = {"scores", "numbers", "routes", "self-teacher's context", "memory"}
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,9 @@ class Doctor:
         for note in notes:
             self.find(what, "note", note)
         kind = what.partition(" (")[0]
-        if not notes and kind in _FINE:
-            self.find(what, "ok", _FINE[kind])
-        if not notes and kind.startswith("what "):
-            self.find(what, "ok", "enough for every term that asks it")
+        if not notes and kind not in _QUIET:
+            fine = "enough for every term that asks it" if kind.startswith("what ") else "nothing amiss"
+            self.find(what, "ok", _FINE.get(kind, fine))
 
     @property
     def wrong(self) -> bool:
@@ -152,7 +154,20 @@ def _smaller(recipe: Recipe, effort: Effort) -> Recipe:
     change: dict[str, Any] = {"prompts": min(effort.prompts, recipe.rollout.prompts), "dynamic_sampling": 0}
     if recipe.source.kind == "student":
         change["group"] = min(effort.group, recipe.rollout.group)
-    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=change)})
+    update: dict[str, Any] = {"rollout": recipe.rollout.model_copy(update=change)}
+    if recipe.teacher is not None:
+        update["teacher"] = _unwritten(recipe.teacher)
+    update["teachers"] = {
+        name: _unwritten(section) if isinstance(section, TeacherConfig) else section
+        for name, section in recipe.teachers.items()
+    }
+    return recipe.model_copy(update=update)
+
+
+def _unwritten(section: TeacherConfig) -> TeacherConfig:
+    """The teacher without the cache that it would write to: an examination leaves nothing behind."""
+    writes = section.cache is not None and section.cache.write
+    return section.model_copy(update={"cache": None}) if writes else section
 
 
 def _memory(doctor: Doctor, recipe: Recipe) -> list[str]:
@@ -202,16 +217,16 @@ def _rendered(doctor: Doctor, name: str, student: LoadedModel, teacher: LoadedMo
     except UserError as error:
         doctor.find(f"prompt ({name})", "note", f"the teacher's own template cannot show it: {error}")
         return
-    tail = repr(str(student.tokenizer.decode(mine))[-40:])
-    if mine == theirs:
-        doctor.find(f"prompt ({name})", "ok", f"both models would be shown the same {len(mine)} tokens, ending {tail}")
+    shown, other = (str(m.tokenizer.decode(ids)) for m, ids in ((student, mine), (teacher, theirs)))
+    tail, other_tail = repr(shown[-40:]), repr(other[-40:])
+    if shown == other:
+        doctor.find(f"prompt ({name})", "ok", f"both models would be shown the same text, ending {tail}")
         return
-    other = repr(str(teacher.tokenizer.decode(theirs))[-40:])
     doctor.find(
         f"prompt ({name})",
         "note",
-        f"the student's ends {tail}, the teacher's own would end {other}; the teacher scores after the student's: if "
-        "it was trained on its own template, set teacher.chat_template and student.chat_template to one text",
+        f"the student's ends {tail}, the teacher's own would end {other_tail}; the teacher scores after the "
+        "student's: if it was trained on its own template, set both chat_template to one text",
     )
 
 
@@ -259,11 +274,14 @@ def _samples(doctor: Doctor, recipe: Recipe, found: Measured) -> None:
     _accuracies(doctor, found)
     _responses(doctor, recipe, found)
     for name, gap in found.gaps.items():
-        far = gap.beyond > 0.05 or gap.ratio < -2.0
+        far, alike = gap.beyond > 0.05 or gap.ratio < -2.0, gap.magnitude < 1e-5
         advice = "; most of the signal is clamped or rough: train on the teacher's text first" if far else ""
+        advice = (
+            "; the teacher is the student as it starts, which pulls back and teaches nothing new" if alike else advice
+        )
         doctor.find(
             f"{name}'s R",
-            "note" if far else "ok",
+            "note" if far or alike else "ok",
             f"mean log p - log q is {gap.ratio:+.3f}, mean |R| {gap.magnitude:.3f}, {gap.beyond:.1%} beyond the clamp"
             f"{advice}",
         )
@@ -277,6 +295,9 @@ def _samples(doctor: Doctor, recipe: Recipe, found: Measured) -> None:
         if gap.entropy is not None:
             text = f"{gap.entropy:.3f} nats a token, the student's {found.entropy:.3f}"
             doctor.find(f"{name}'s entropy", "ok", text)
+    if found.alignment:
+        text = ", ".join(f"{key.removeprefix('vocabulary/')} {value:.3g}" for key, value in found.alignment.items())
+        doctor.find("alignment", "ok", text)
     _gradients(doctor, found)
     rows = recipe.rollout.prompts * recipe.rollout.group
     seconds = {k: v * rows / max(1, found.rows) for k, v in found.seconds.items()}

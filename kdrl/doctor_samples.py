@@ -18,6 +18,7 @@ from kdrl.teachers import Evidence, Teacher
 from kdrl.teachers.base import Given
 from kdrl.trainer import Parts, Phases, Trainer
 from kdrl.update import Scored, Tally
+from kdrl.vocab.teacher import VocabTeacher
 
 TOP = 10
 
@@ -69,6 +70,7 @@ class Measured:
     accuracy: dict[str, Accuracy] = field(default_factory=dict)
     gaps: dict[str, Gap] = field(default_factory=dict)
     terms: list[TermGradient] = field(default_factory=list)
+    alignment: dict[str, float] = field(default_factory=dict)
 
 
 def measure(builder: Builder, parts: Parts, problems: int) -> Measured:
@@ -95,6 +97,8 @@ def measure(builder: Builder, parts: Parts, problems: int) -> Measured:
     found.seconds = {**phases.seconds, "update": phases.seconds.get("update", 0.0) + time.perf_counter() - start}
     found.terms = list(_gradients(parts, scored, tally))
     found.gaps = {name: gap for name, t in parts.teachers.items() if (gap := _gap(parts, scored, name, t, logq_N))}
+    numbers = trainer.beside.numbers(responses)
+    found.alignment = {key: value for key, value in numbers.items() if key.startswith("vocabulary/")}
     found.accuracy = _accuracies(builder, problems)
     return found
 
@@ -118,9 +122,9 @@ def _gradients(parts: Parts, scored: Scored, tally: Tally) -> Iterable[TermGradi
 
 
 def _gap(parts: Parts, scored: Scored, name: str, teacher: Teacher, logq_N: Tensor) -> Gap | None:
-    """None where the teacher scores none of the tokens."""
+    """None where the teacher scores none of the tokens, or its own ones in place of the student's."""
     known = scored.evidence.get(name)
-    if known is None or not bool(known.scored_N.any()):
+    if isinstance(teacher, VocabTeacher) or known is None or not bool(known.scored_N.any()):
         return None
     keep_N = known.scored_N
     ratio_N = (known.logp_N - logq_N)[keep_N].double()

@@ -70,6 +70,8 @@ def _teachers(recipe: Recipe, objective: Objective) -> list[tuple[str, TeacherMo
     found: list[tuple[str, TeacherModelConfig]] = []
     for name in first + [name for name in asked_models(recipe, objective) if name not in first]:
         section = section_of(recipe, name)
+        if section.served is not None or section.reads_cache:
+            continue
         twin = any(same_model(section, other) for _, other in found)
         if not twin and not shares_student(recipe, objective, name):
             found.append((name, section))
