@@ -1,6 +1,6 @@
 """A model writes traces to a split's problems, each scored by the task's verifier.
 
-Left out: several writers in one file, served engines, and tool calls.
+Left out: several writers in one file, served teachers, and tool calls.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from kdrl.build import resolve_device
 from kdrl.config import Config
-from kdrl.data.inputs import Inputs
+from kdrl.data.inputs import Inputs, loaded_here
 from kdrl.data.store import Counts, TraceFile
 from kdrl.data.thoughts import FirstThought, parse_first_thought, prefix_ids
 from kdrl.data.traces import Keep, Trace, keep_traces, satisfied
@@ -131,7 +131,7 @@ def writer_section(inputs: Inputs, model: str | None, writer: str | None) -> Tea
     section = inputs.teacher if writer == "teacher" else inputs.student
     if section is None:
         raise UserError(f"there is no {writer} to write: name a model with --model PATH_OR_ID or {writer}.model=...")
-    return section
+    return loaded_here(section, "--model")
 
 
 def generate(

@@ -18,6 +18,7 @@ from kdrl.problems import explain_validation
 from kdrl.recipe import RolloutConfig, load_recipe
 from kdrl.tasks.config import TaskConfig
 from kdrl.tasks.readers import ENDINGS
+from kdrl.teachers.config import TeacherConfig
 from kdrl.yamls import load_yaml
 
 C = TypeVar("C", bound=Config)
@@ -51,6 +52,17 @@ class Inputs(Config):
             return TeacherModelConfig(model=named)
         kept = ("chat_template", "chat_template_kwargs", "eos", "dtype", "autocast", "attention")
         return TeacherModelConfig(model=named, **{name: getattr(sections[0], name) for name in kept})
+
+
+def loaded_here(section: TeacherModelConfig, option: str) -> TeacherModelConfig:
+    """The section of a model that is loaded in this process; raises UserError for a teacher that is elsewhere."""
+    if isinstance(section, TeacherConfig) and (section.served is not None or section.reads_cache):
+        where = "on a server" if section.served is not None else "a cache"
+        raise UserError(
+            f"the recipe's teacher is {where}, which this command does not ask; name a model to load by {option}, or "
+            "set teacher.served=null or teacher.cache=null to load teacher.model."
+        )
+    return section
 
 
 def open_inputs(source: str | Path, overrides: Sequence[str] = ()) -> Inputs:

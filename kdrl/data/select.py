@@ -20,7 +20,7 @@ import torch
 from kdrl.build import resolve_device
 from kdrl.data.choosing import SelectConfig, domain_shares, kept_count, resample
 from kdrl.data.coverage import first_token_probabilities
-from kdrl.data.inputs import Inputs
+from kdrl.data.inputs import Inputs, loaded_here
 from kdrl.data.rows import Row, check_output, load_rows, write_rows
 from kdrl.data.scoring import TextScores, response_ids, score_rows
 from kdrl.data.store import read_state
@@ -139,7 +139,7 @@ class _Chooser:
             raise UserError(
                 f"--by {self.config.by} asks a {role} model and none is named: give --{role} PATH_OR_ID, or a recipe."
             )
-        return section
+        return loaded_here(section, f"--{role}")
 
     def _both(self, indices: Sequence[int]) -> tuple[TextScores, TextScores]:
         """Scores of teacher and reference; what the second cannot write is found out before the first one's work."""
