@@ -16,9 +16,11 @@ from killing import server as fork_server
 from tiny import made_responses, raw_recipe, rows_of, run, toy
 
 from kdrl.batch import Rollouts
+from kdrl.errors import RunError
 from kdrl.models import LoadedModel, ModelConfig, load_model
 from kdrl.objectives.objective import token_data
 from kdrl.objectives.terms import Distill, DistillConfig
+from kdrl.run import resume
 from kdrl.teachers import LocalTeacher
 from kdrl.teachers.base import Given
 from kdrl.teachers.client import Client
@@ -208,6 +210,25 @@ def test_a_server_killed_in_the_middle_of_a_step_and_restarted_changes_no_byte(w
         finals.append({p.name: p.read_bytes() for p in sorted(folder.iterdir())})
         finals[-1]["rollouts"] = (tmp_path / name / "rollouts.jsonl").read_bytes()
     assert finals[0] == finals[1]
+
+
+def test_a_run_whose_server_stays_away_ends_and_is_resumed_to_the_same_bytes(world: Path, tmp_path: Path):
+    def finals(name: str) -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in sorted((tmp_path / name / "final").iterdir())}
+
+    mortal = Mortal(fork_server(), world / "teacher", [Manners(faults={6: "die"})])
+    raw = recipe(world, f"http://127.0.0.1:{mortal.port}", steps=3)
+    raw["teacher"]["served"]["wait_s"] = 0.1
+    raw["checkpoint"] = {"every": 1}
+    with pytest.raises(RunError, match=rf"no teacher server has answered.*:{mortal.port}.*kdrl train --resume"):
+        run(raw, tmp_path / "stopped")
+    saved = load_model(ModelConfig(model=str(world / "teacher")), "cpu", trainable=False, seed=0)
+    with serving(saved, port=mortal.port):
+        resume(tmp_path / "stopped", say=lambda text: None)
+        run(raw, tmp_path / "whole")
+    mortal.close()
+    assert len(rows_of(tmp_path / "stopped")) == 3
+    assert finals("stopped") == finals("whole")
 
 
 @pytest.mark.parametrize("api", ["tokens", "completions", "chat"])
