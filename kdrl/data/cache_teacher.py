@@ -39,9 +39,7 @@ def cache_command(
     kind: Annotated[str, typer.Option(help="topk, draws or hidden.")] = "topk",
     k: Annotated[int | None, typer.Option("--k", help="topk: how many tokens. Default: 64.")] = None,
     draws: Annotated[int | None, typer.Option(help="draws: how many a token. Default: 12.")] = None,
-    tau: Annotated[
-        float | None, typer.Option(help="draws: they come from p^tau, re-weighted to p. Default: 1.")
-    ] = None,
+    tau: Annotated[float | None, typer.Option(help="draws: from p^tau, re-weighted to p. Default: 1.")] = None,
     problems: Annotated[
         int | None, typer.Option(help="How many problems of the training order; default: all of a finite task.")
     ] = None,

@@ -133,7 +133,8 @@ def _load_tokenizer(config: TeacherModelConfig, origin: Origin | None) -> PreTra
 def load_tokenizer(config: TeacherModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a recipe section without its model; raises UserError."""
     with quiet():
-        return _load_tokenizer(config, None if isinstance(config.model, NewModel) else find_origin(config))
+        named = isinstance(config.model, NewModel) or config.tokenizer is not None
+        return _load_tokenizer(config, None if named else find_origin(config))
 
 
 def load_without_weights(config: TeacherModelConfig) -> LoadedModel:

@@ -22,7 +22,7 @@ from kdrl.teachers.base import Evidence, Gives
 from kdrl.teachers.cache_bits import bits_for, pack, row_bytes, unpack
 
 Shard = Mapping[str, Tensor]
-DEPTH = 200.0
+DEPTH = 50.0
 """Nats below the likeliest token that count as the most."""
 LEVELS = 255
 STEP, CODE_BITS = 0.01, 12

@@ -46,6 +46,9 @@ def files_digest(section: TeacherModelConfig) -> str | None:
     """A hash of a local model's configuration and weight files; None where there are none."""
     if isinstance(section.model, NewModel):
         return None
+    folder = Path(str(section.model)).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file() and section.gguf_file is None:
+        return None
     origin = find_origin(section)
     folder = Path(origin.name)
     if not folder.is_dir():

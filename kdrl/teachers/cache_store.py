@@ -277,7 +277,7 @@ _WORDS = {
 
 def _compare(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     then, now = _flat(stored), _flat(wanted)
-    for key in dict.fromkeys([*now, *then]):
+    for key in dict.fromkeys(["kind", *now, *then]):
         if key not in ("sha256", "teacher.model", "seed") and then.get(key) != now.get(key):
             was, here = (str(x.get(key))[:16] for x in (then, now))
             raise UserError(

@@ -155,7 +155,7 @@ def open_cached(section: TeacherConfig, student: LoadedModel, temperature: float
     store = CacheStore.read(Path(section.cache.path).expanduser())
     manifest = store.manifest
     check_temperature(store, temperature)
-    for who, tokenizer in (("the student", student.tokenizer), ("teacher.model", load_tokenizer(section))):
+    for who, tokenizer in (("the student", student.tokenizer), ("teacher.model", _tokenizer_of(section))):
         if tokenizer_digest(tokenizer) != manifest["tokenizer"]:
             raise UserError(
                 f"{store.folder} holds scores of a teacher with another tokenizer than {who} has; choose a teacher of "
@@ -167,6 +167,14 @@ def open_cached(section: TeacherConfig, student: LoadedModel, temperature: float
         )
     _check_teacher(store, section)
     return CachedTeacher(store)
+
+
+def _tokenizer_of(section: TeacherConfig) -> Any:
+    """The tokenizer that a section names; a folder that holds nothing else will do."""
+    named = section.model
+    if isinstance(named, str) and section.tokenizer is None and Path(named).expanduser().is_dir():
+        section = section.model_copy(update={"tokenizer": named})
+    return load_tokenizer(section)
 
 
 def _check_teacher(store: CacheStore, section: TeacherConfig) -> None:
