@@ -40,6 +40,7 @@ from kdrl.teachers.checks import (
     shares_student,
 )
 from kdrl.teachers.combined import CombinedConfig
+from kdrl.teachers.offloaded import OffloadedTeacher, check_offload
 from kdrl.teachers.served import ServedTeacher
 from kdrl.teachers.served_checks import Plan, most_asked, open_served, served_checks
 from kdrl.trainer import Parts
@@ -107,11 +108,14 @@ class Builder:
                 self.notes.append(f"{name} is not loaded: its scores are read from {self.cached[name].store.folder}")
                 continue
             if section.served is not None:
-                self.served[name] = open_served(section, self.student, most_asked(self.objective))
+                stored = 0 if section.cache is None else section.cache.settings().get("k", 0)
+                self.served[name] = open_served(section, self.student, max(stored, most_asked(self.objective)))
                 continue
             if shares_student(recipe, self.objective, name):
                 self.notes.append(f"{name} is the student's own base model: its weights are shared, adapters off")
                 continue
+            if section.offload:
+                self._observe(f"offload ({name})", partial(check_offload, self.device, section.load is not None))
             alike = [n for n in found if in_chunks(self.objective, n) == in_chunks(self.objective, name)]
             twin = next((n for n in alike if same_model(section_of(recipe, n), section)), None)
             if twin is not None:
@@ -241,6 +245,8 @@ class Builder:
             return self.served[name]
         if name not in self.models:
             return ReferenceTeacher(self.student, budget)
+        if section.offload:
+            return OffloadedTeacher(self.models[name], budget)
         if section.prepare is None:
             return LocalTeacher(self.models[name], budget)
         return PreparedTeacher(
