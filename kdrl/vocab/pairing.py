@@ -11,6 +11,7 @@ from kdrl.objectives.objective import Objective
 from kdrl.recipe import Recipe
 from kdrl.tasks import Problem
 from kdrl.teachers.base import Teacher
+from kdrl.teachers.checks import teacher_of
 from kdrl.vocab.align import align
 from kdrl.vocab.checks import in_chunks
 from kdrl.vocab.teacher import VocabTeacher, Vocabularies
@@ -37,7 +38,18 @@ def checks_of(
     writes = name == "teacher" and recipe.source.settings.asks_teacher
     if writes or not in_chunks(objective, name):
         return same
-    return {"vocabularies": partial(check_vocabularies, *models)}
+    return {"vocabularies": partial(check_vocabularies, *models), "ranks": partial(warn_of_ranks, objective, name)}
+
+
+def warn_of_ranks(objective: Objective, name: str) -> list[str]:
+    """A note where a teacher is followed by its sorted probabilities alone."""
+    asking = [n for n, t in zip(objective.names, objective.terms, strict=True) if teacher_of(t) == name]
+    if not all(n.startswith("sorted_distill") for n in asking):
+        return []
+    return [
+        f"objective.{asking[0]} compares sorted probabilities and cannot tell which token is likely: a student with "
+        "its tokens permuted has no loss; overlap_distill and chunk_distill can"
+    ]
 
 
 def check_alignment(who: str, student: LoadedModel, teacher: LoadedModel, problems: Sequence[Problem]) -> list[str]:

@@ -20,7 +20,7 @@ from kdrl.tasks import Problem
 from kdrl.teachers import LocalTeacher
 from kdrl.teachers.beside import Beside
 from kdrl.update import Scored, Updater
-from kdrl.vocab.teacher import Vocabularies, VocabTeacher, chunk_blocks
+from kdrl.vocab.teacher import VocabTeacher, Vocabularies, chunk_blocks
 
 from .tokenizers import tokenizer_of
 

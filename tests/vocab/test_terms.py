@@ -253,9 +253,7 @@ def test_against_a_reference(name: str, who: str, student: LoadedModel, request:
 
 
 @pytest.mark.parametrize("share", ["chunk", "token"])
-def test_every_token_of_a_chunk_carries_the_chunks_log_ratio(
-    share: str, student: LoadedModel, teacher: LoadedModel
-):
+def test_every_token_of_a_chunk_carries_the_chunks_log_ratio(share: str, student: LoadedModel, teacher: LoadedModel):
     responses = written(student)
     chunks = chunks_of(student, teacher, responses)
     total, count = torch.zeros((), dtype=torch.float64), sum(len(c.mine) for c in chunks)
