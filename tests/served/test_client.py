@@ -62,10 +62,10 @@ def test_a_fault_is_repeated_and_changes_no_number(server: ToyServer, rollouts: 
 def test_a_slow_answer_is_asked_for_again(server: ToyServer, rollouts: Rollouts):
     want = logp(teacher_at(server.url), rollouts)
     server.asked.clear()
-    server.manners.faults = {1: 1.5}
-    teacher = teacher_at(server.url, timeout_s=0.5)
+    server.manners.faults = {1: 3.0}
+    teacher = teacher_at(server.url, timeout_s=1.0)
     assert torch.equal(logp(teacher, rollouts), want)
-    assert teacher.client.traffic.repeated == 1
+    assert teacher.client.traffic.repeated >= 1
 
 
 def test_answers_that_stay_useless_end_the_run_with_a_sentence(server: ToyServer, rollouts: Rollouts):
@@ -111,7 +111,7 @@ def test_a_step_waits_for_a_server_that_comes_back(model: Any, rollouts: Rollout
     teacher, found = teacher_at(server.url), []
     thread = threading.Thread(target=lambda: found.append(logp(teacher, rollouts)))
     thread.start()
-    while not caplog.records:
+    while thread.is_alive() and not caplog.records:
         time.sleep(0.01)
     assert f"no teacher server answers ({server.url}" in caplog.text
     with serving(model, port=port):

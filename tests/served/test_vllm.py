@@ -72,6 +72,8 @@ class Server:
         """Seconds until it answers."""
         began = time.monotonic()
         options = ["--python", PYTHON, "--port", self.port, "--top-k", self.top_k, "--dtype", "float32"]
+        # Compiling takes longer than all that is asked of it here.
+        options += ["--", "--enforce-eager"]
         command = [sys.executable, "-m", "kdrl", "serve-teacher", str(self.model), *map(str, options)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -111,17 +113,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def smollm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    stored = sorted((ROOT / ".cache/smollm2").glob("*.gguf"))
-    if not stored:
-        pytest.skip("`make smollm` gets the weights")
-    folder = tmp_path_factory.mktemp("smollm")
-    save_final(load_model(ModelConfig(model=str(stored[0])), "cpu", trainable=False, seed=0), folder / "smollm2-135m")
-    with vllm(folder / "smollm2-135m", folder) as server:
-        yield server
-
-
 @pytest.fixture(scope="module", autouse=True)
 def written() -> Iterator[None]:
     yield
@@ -131,7 +122,7 @@ def written() -> Iterator[None]:
             f"Versions: {_versions()}",
             f"Machine: {os.cpu_count()} CPU cores ({platform.machine()}), one thread each for server and client; other "
             "work may have run beside it.",
-            "Server: kdrl serve-teacher MODEL --top-k 16 --dtype float32",
+            "Server: kdrl serve-teacher MODEL --top-k 16 --dtype float32 -- --enforce-eager",
             "",
         ]
         Path(RESULTS).write_text("\n".join(head + record) + "\n")
@@ -199,19 +190,6 @@ def test_served_is_local(tiny: Server):
     loaded = load(tiny.model)
     rollouts = responses_of(loaded, sums(32), 8, 48)
     measure(tiny, loaded, rollouts, BOUND, [(0, 1), (0, 4), (0, 16), (TOP_K, 4)])
-
-
-def test_a_model_of_49_thousand_tokens_is_local_too(smollm: Server):
-    loaded = load(smollm.model)
-    rollouts = responses_of(loaded, [f"What is {i} plus {i * 3}? Think step by step." for i in range(4)], 4, 48)
-    measure(smollm, loaded, rollouts, 1e-3, [(0, 4), (TOP_K, 4)])
-    assert _spelling(smollm, loaded) == []
-
-
-def _spelling(server: Server, loaded: LoadedModel) -> list[str]:
-    from kdrl.teachers.served_checks import _check_spelling
-
-    return _check_spelling(teacher_at(server, loaded), loaded)
 
 
 def recipe(server: Server | None, **change: Any) -> dict[str, Any]:
@@ -301,3 +279,27 @@ def test_killed_in_the_middle_of_a_step_and_started_again_the_numbers_agree(tiny
         f"and log-probs differ from the undisturbed ones by {off:.1e} nats at most"
     )
     assert off < BOUND
+
+
+@pytest.fixture
+def smollm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    stored = sorted((ROOT / ".cache/smollm2").glob("*.gguf"))
+    if not stored:
+        pytest.skip("`make smollm` gets the weights")
+    folder = tmp_path_factory.mktemp("smollm")
+    save_final(load_model(ModelConfig(model=str(stored[0])), "cpu", trainable=False, seed=0), folder / "smollm2-135m")
+    with vllm(folder / "smollm2-135m", folder) as server:
+        yield server
+
+
+def test_a_model_of_49_thousand_tokens_is_local_too(smollm: Server):
+    loaded = load(smollm.model)
+    rollouts = responses_of(loaded, [f"What is {i} plus {i * 3}? Think step by step." for i in range(4)], 4, 48)
+    measure(smollm, loaded, rollouts, 1e-3, [(0, 4), (TOP_K, 4)])
+    assert _spelling(smollm, loaded) == []
+
+
+def _spelling(server: Server, loaded: LoadedModel) -> list[str]:
+    from kdrl.teachers.served_checks import _check_spelling
+
+    return _check_spelling(teacher_at(server, loaded), loaded)
