@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from kdrl.errors import UserError
 
@@ -60,7 +61,6 @@ class Pieces:
                 f"the {who}'s tokenizer does not keep the bytes of a text (decoder: {strange}), so its tokens cannot "
                 "be aligned with another tokenizer's; byte-level BPE, sentencepiece and character tokenizers can."
             )
-        self.who = who
         self._level = "ByteLevel" in kinds
         self._spaced = bool(kinds & {"Replace", "Metaspace"})
         self._special = set(tokenizer.all_special_ids)
@@ -163,6 +163,16 @@ class Pieces:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
+
+
+_KNOWN_PIECES: WeakKeyDictionary[Any, Pieces] = WeakKeyDictionary()
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, who: str) -> Pieces:
+    """The table of a tokenizer, made once: a large vocabulary takes a second."""
+    if tokenizer not in _KNOWN_PIECES:
+        _KNOWN_PIECES[tokenizer] = Pieces(tokenizer, who)
+    return _KNOWN_PIECES[tokenizer]
 
 
 def _own_encoder(text: str) -> Any:

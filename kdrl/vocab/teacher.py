@@ -22,7 +22,7 @@ from kdrl.objectives.objective import Active
 from kdrl.objectives.scores import Tokens
 from kdrl.teachers.base import Evidence, Given, Gives, Need, Teacher
 from kdrl.vocab.align import COLLAPSE, Group, align, collapsed
-from kdrl.vocab.pieces import Pieces
+from kdrl.vocab.pieces import pieces_of
 from kdrl.vocab.terms import VocabTerm, VocabTokens
 
 
@@ -40,7 +40,7 @@ class Vocabularies:
 
     def __init__(self, student: LoadedModel, teacher: LoadedModel) -> None:
         self.student, self.teacher = student, teacher
-        self.mine, self.theirs = Pieces(student.tokenizer, "student"), Pieces(teacher.tokenizer, "teacher")
+        self.mine, self.theirs = pieces_of(student.tokenizer, "student"), pieces_of(teacher.tokenizer, "teacher")
         common = self.mine.by_bytes.keys() & self.theirs.by_bytes.keys()
         pairs = sorted((self.mine.by_bytes[piece], self.theirs.by_bytes[piece]) for piece in common)
         self.shared_2K = torch.tensor([*pairs, (student.eos_ids[0], teacher.eos_ids[0])]).T.contiguous()
