@@ -75,6 +75,7 @@ class Measured:
 
 def measure(builder: Builder, parts: Parts, problems: int) -> Measured:
     """Write a small step's responses, score them, and take every term's gradient; nothing is trained."""
+    accuracy = _accuracies(builder, problems)  # first, for scoring may move a teacher off the device
     trainer, phases = Trainer(parts), Phases()
     scored = trainer.trial(0, phases)
     responses = scored.rollouts.responses
@@ -90,6 +91,7 @@ def measure(builder: Builder, parts: Parts, problems: int) -> Measured:
         flat=sum(len(seen) == 1 for seen in groups.values()) / len(groups),
         entropy=float(entropy_N[trained_N].mean()),
         seconds={},
+        accuracy=accuracy,
     )
     tally, start = Tally(), time.perf_counter()
     parts.updater.accumulate(scored, range(scored.rollouts.rows), tally)
@@ -99,7 +101,6 @@ def measure(builder: Builder, parts: Parts, problems: int) -> Measured:
     found.gaps = {name: gap for name, t in parts.teachers.items() if (gap := _gap(parts, scored, name, t, logq_N))}
     numbers = trainer.beside.numbers(responses)
     found.alignment = {key: value for key, value in numbers.items() if key.startswith("vocabulary/")}
-    found.accuracy = _accuracies(builder, problems)
     return found
 
 

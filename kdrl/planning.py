@@ -10,8 +10,9 @@ from kdrl.build import resolve_device
 from kdrl.checks import build_objective
 from kdrl.errors import UserError
 from kdrl.features.plan import feature_items
-from kdrl.memory import Item, MemoryPlan, plan
+from kdrl.memory import Item, MemoryPlan, Phase, plan
 from kdrl.model_shape import ModelShape, adapter_parameters
+from kdrl.models.compressed import BITS
 from kdrl.models.config import NewModel, NewTokenizer, TeacherModelConfig
 from kdrl.models.loading import quiet
 from kdrl.models.scratch import character_tokenizer, new_model_config
@@ -19,6 +20,7 @@ from kdrl.models.sources import explain, find_origin
 from kdrl.objectives.objective import Objective
 from kdrl.recipe import Recipe
 from kdrl.teachers.checks import asked_models, same_model, section_of, shares_student
+from kdrl.teachers.config import TeacherConfig
 from kdrl.teachers.plan import teacher_items
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -78,6 +80,22 @@ def _teachers(recipe: Recipe, objective: Objective) -> list[tuple[str, TeacherMo
     return found
 
 
+def _saved(teachers: list[tuple[str, TeacherModelConfig]]) -> Iterator[Item]:
+    """What compression and offloading take off the teachers' weights, as negative sizes."""
+    for name, section in teachers:
+        shape, size = ModelShape.from_config(config_of(section)), _BYTES[section.dtype]
+        if section.load is not None:
+            linear = shape.parameters - shape.vocabulary * shape.width
+            each = BITS[section.load] / 8
+            why = f"{linear:,} weights of linear layers x {each:g} B in place of {size} B"
+            yield Item(f"{name} in {section.load}", -int(linear * (size - each)), "always", why)
+        if isinstance(section, TeacherConfig) and section.offload:
+            phases: tuple[Phase, ...] = ("rollout", "optimizer step")
+            for phase in phases:
+                why = "the weights are in main memory while it does not score"
+                yield Item(f"{name} offloaded", -shape.parameters * size, phase, why)
+
+
 def _further(recipe: Recipe, teachers: list[tuple[str, TeacherModelConfig]], tokens: int) -> Iterator[Item]:
     """Teachers beyond the first: their weights, and the hidden states that are kept of them."""
     for name, section in teachers:
@@ -120,6 +138,7 @@ def memory_plan(recipe: Recipe) -> MemoryPlan:
         device=device,
         more=_look_ahead(recipe, trainable)
         + tuple(_further(recipe, teachers[1:], tokens))
+        + tuple(_saved(teachers))
         + _teacher_cache(recipe, teacher_shape, rows)
         + feature_items(objective, shape, teacher_shape, tokens, _longest(recipe))
         + teacher_items(recipe, objective, shape, teacher_shape, trainable, tokens, _longest(recipe), device),

@@ -88,6 +88,9 @@ class TeacherModelConfig(Config):
     """Number format of the weights."""
     autocast: Literal["bfloat16"] | None = None
     """Compute matrix products in this format while the weights stay in `dtype`."""
+    load: Literal["int8", "int4"] | None = None
+    """Keep the linear layers of a frozen stored model in 8 bits (LLM.int8) or 4 bits (NF4), CUDA only; its scores are
+    then those of the rounded model."""
     attention: str | None = None
     """transformers attention implementation (`sdpa`, `eager`, `flash_attention_2`); default: the model's own choice."""
 
@@ -99,6 +102,12 @@ class TeacherModelConfig(Config):
             for name in ("gguf_file", "revision"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"`{name}` belongs to a stored model, but `model` describes a new one; remove it.")
+        if self.load is not None and (
+            isinstance(self.model, NewModel) or self.gguf_file or self.model.endswith(".gguf")
+        ):
+            raise ValueError(
+                "`load` rounds the weights of a stored model as it is read, not a new one nor GGUF; remove it"
+            )
         if self.autocast == self.dtype:
             raise ValueError("`autocast: bfloat16` has no effect on bfloat16 weights; remove it or set dtype: float32.")
         return self
@@ -116,6 +125,8 @@ class ModelConfig(TeacherModelConfig):
 
     @model_validator(mode="after")
     def _whole_weights(self) -> ModelConfig:
+        if self.load is not None:
+            raise ValueError("`load` is for a frozen model, and the student is trained; remove it (see `quantise`)")
         if self.lora is not None and self.quantise is not None:
             raise ValueError(
                 "`quantise` rounds the weights that are trained, and with `lora` the base is frozen and the merged "

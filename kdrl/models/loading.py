@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from kdrl.errors import UserError
+from kdrl.models.compressed import check_compressed, compression
 from kdrl.models.config import ModelConfig, NewModel, NewTokenizer, TeacherModelConfig
 from kdrl.models.heads import causal_lm, check_head
 from kdrl.models.prompts import apply_template_option
@@ -68,18 +69,20 @@ def load_model(config: TeacherModelConfig, device: str | torch.device, *, traina
     A trainable model is in train mode with gradients on (only the adapters' with `lora`); otherwise eval and frozen.
     Raises UserError when the model, its weights, its tokenizer or its end token are missing, broken or do not fit.
     """
+    check_compressed(config, device)
     origin = None if isinstance(config.model, NewModel) else find_origin(config)
     with quiet():
         tokenizer = _load_tokenizer(config, origin)
         if origin is None:
             model = _make_new(config, tokenizer, seed)
         else:
-            model = _load_weights(config, origin)
+            model = _load_weights(config, origin, device)
     where = "the new model" if origin is None else origin.label
     vocab_size = _vocab_size(tokenizer, model, where)
     eos_ids = _eos_ids(config, tokenizer, getattr(model, "generation_config", None), where)
     pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos_ids[0]
-    model.to(device)  # type: ignore[arg-type]
+    if config.load is None:  # compressed weights were put there when they were read
+        model.to(device)  # type: ignore[arg-type]
     check_head(model, vocab_size, where)
     ready = _prepare(model, config, trainable, seed)
     return LoadedModel(ready, tokenizer, config, eos_ids, pad_id, vocab_size)
@@ -165,7 +168,7 @@ def _make_new(config: TeacherModelConfig, tokenizer: PreTrainedTokenizerBase, se
     return model
 
 
-def _load_weights(config: TeacherModelConfig, origin: Origin) -> PreTrainedModel:
+def _load_weights(config: TeacherModelConfig, origin: Origin, device: str | torch.device) -> PreTrainedModel:
     try:
         hf_config = _without_dropout(AutoConfig.from_pretrained(origin.name, **origin.options))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -176,6 +179,7 @@ def _load_weights(config: TeacherModelConfig, origin: Origin) -> PreTrainedModel
             **origin.options,
             **gguf_options(origin),
             **_attention(config),
+            **compression(config, device),
         )
     except UserError:
         raise

@@ -131,9 +131,21 @@ def check_several(recipe: Recipe, objective: Objective) -> None:
         raise UserError(
             f"teachers.{unused[0]} is asked by no term; set objective.distill.teacher={unused[0]}, or leave it out."
         )
+    _check_offload(recipe, objective)
     combined = isinstance(recipe.teachers.get("teacher"), CombinedConfig)
     if combined and any(term.needs.features for term in objective.terms):
         raise UserError("a feature term reads the inside of one model, and teacher is a combination; name one model.")
+
+
+def _check_offload(recipe: Recipe, objective: Objective) -> None:
+    inside = recipe.source.settings.asks_teacher or any(term.needs.features for term in objective.terms)
+    if recipe.teacher is not None and recipe.teacher.offload and inside:
+        raise UserError("teacher.offload is for a teacher that only scores, and this one writes or is looked into.")
+    moved = [s for s in recipe.teachers.values() if isinstance(s, TeacherConfig)]
+    moved += [recipe.teacher] if recipe.teacher is not None else []
+    for i, one in enumerate(moved):
+        if any(one.offload != other.offload and same_model(one, other) for other in moved[:i]):
+            raise UserError("two teachers are one checkpoint, and only one is offloaded; set offload on both or none.")
 
 
 def _check_members(recipe: Recipe, name: str, section: CombinedConfig, known: set[str]) -> None:

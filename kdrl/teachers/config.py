@@ -91,9 +91,16 @@ class TeacherConfig(TeacherModelConfig):
     cache: CacheConfig | None = None
     """A folder of `kdrl cache-teacher`, whose scores are read with no teacher in memory (`model` then names its
     tokenizer); or {path: FOLDER, write: true, kind: topk, k: 64}: the teacher scores what the folder lacks."""
+    offload: bool = False
+    """Keep the weights in main memory but while it scores (CUDA only): slower, and room for rollouts and update."""
 
     @model_validator(mode="after")
     def _elsewhere(self) -> TeacherConfig:
+        away = self.served is not None or self.reads_cache
+        if self.offload and (away or self.prepare is not None):
+            raise ValueError("`offload` moves weights in and out that only score here; remove it, or `prepare`")
+        if self.load is not None and away:
+            raise ValueError("`load` is for weights in this process, and this teacher's are not; remove it")
         if self.served is not None and self.prepare is not None:
             raise ValueError("`prepare` adapts a teacher in this process, and a served one is elsewhere; remove one")
         if self.cache is not None and self.prepare is not None:
