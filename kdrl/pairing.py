@@ -128,7 +128,10 @@ def check_contexts(student: LoadedModel, problems: Sequence[Problem], recipe: Re
         return
     if "solution" in config.shows and all(problem.solution is None for problem in problems):
         raise UserError("self_teacher.context shows {solution}, and no problem has one; set task.solution or {answer}.")
-    longest = max(len(encode_prompt(student, assumed_context(config.context, problem))) for problem in problems)
+    try:
+        longest = max(len(encode_prompt(student, assumed_context(config.context, problem))) for problem in problems)
+    except UserError as error:
+        raise UserError(f"self_teacher.context, filled in, cannot be shown to the student: {error}") from None
     need = longest + limit * (1 + ("sibling" in config.shows))
     context = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and need > context:

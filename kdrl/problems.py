@@ -40,16 +40,20 @@ def _unknown(where: str, loc: tuple[Any, ...], root: type[BaseModel], prefix: st
     key = str(loc[-1])
     section: type[BaseModel] | None = root
     for part in loc[:-1]:
-        section = _child(section, str(part)) if section is not None and not _is_union_tag(part) else section
-    elsewhere = [path for path in _paths(root) if path.split(".")[-1] == key]
+        # The place in a list names no field: what follows is a key of the list's items.
+        stays = section is None or isinstance(part, int) or _is_union_tag(part)
+        section = section if stays else _child(section, str(part))
+    known = list(section.model_fields) if section is not None else [p for p in _paths(root) if "." not in p]
+    near = nearest(key, known)
+    elsewhere = [path for path in _paths(root) if path.split(".")[-1] == key and "did you mean" not in near]
     if elsewhere:
         return f"{where} is no recipe key; did you mean {prefix}{min(elsewhere, key=lambda path: path.count('.'))}?"
-    known = list(section.model_fields) if section is not None else [p for p in _paths(root) if "." not in p]
-    return f"{where} is no recipe key{nearest(key, known)}"
+    return f"{where} is no recipe key{near}"
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
     options = [annotation, *get_args(annotation)]
+    options += [inner for o in options for inner in get_args(o)]
     return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
 
 

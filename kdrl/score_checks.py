@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdrl.errors import UserError
+from kdrl.errors import UserError, nearest
 from kdrl.objectives.adaptive import Adaptive, Calibrated
 from kdrl.objectives.base import Term
 from kdrl.objectives.distill import Distill
@@ -12,6 +12,31 @@ from kdrl.objectives.schedules import Memory, Moment
 from kdrl.objectives.scores import Score
 from kdrl.recipe import Recipe
 
+# What a row of metrics.jsonl always holds, and the kinds of number that depend on the recipe.
+METRICS = (
+    *("loss", "grad_norm", "lr", "reward", "accuracy", "tokens", "truncated", "entropy", "zero_advantage_share"),
+    *(
+        "groups_without_right",
+        "log_ratio_mean",
+        "log_ratio_beyond_clamp",
+        "kl_teacher",
+        "masked_share",
+        "clipped_share",
+    ),
+    *("sampling_mismatch", "kd_norm", "rl_norm", "kd_rl_norm_ratio", "kd_rl_cosine", "dropped_groups"),
+)
+MEASURED = {
+    "eval",
+    "loss",
+    "divergence",
+    "weight",
+    "support",
+    "source",
+    "origin",
+    "prepare",
+    "preference",
+    "kl_teacher",
+}
 OF_REWARD = {"reward", "correct", "group_rate", "signed", "dads", "stcr"}
 
 
@@ -36,9 +61,9 @@ def warnings_of(objective: Objective) -> list[str]:
         and term.config.support.kind == "topk"
         and term.config.support.rest == "renormalise"
     ]
-    if len(free) == 1 and sum(t.family == "kd" for t in objective.terms) == 1:
+    if free and len(free) == sum(t.family == "kd" for t in objective.terms):
         return [
-            f"objective.{free[0]}.support renormalises both sides inside the top-k, and no other term holds the "
+            f"objective.{free[0]}.support renormalises both sides inside the top-k, and no term holds the "
             "student's mass outside it, which may grow freely; rest: tail does hold it"
         ]
     return []
@@ -51,6 +76,7 @@ def check_scores(recipe: Recipe, objective: Objective) -> None:
             _check_reads(f"objective.{name}", term, score)
         if isinstance(term, Distill):
             _check_scalars(f"objective.{name}.divergence", term, recipe)
+            _check_target(f"objective.{name}.target", term, recipe)
     for path, schedule in Memory.within(recipe).schedules.items():
         assert schedule.adaptive is not None
         _check_metric(recipe, objective, path, schedule.adaptive)
@@ -92,6 +118,22 @@ def _check_calibrated(path: str, adaptive: Calibrated) -> None:
         )
 
 
+def _check_target(where: str, term: Distill, recipe: Recipe) -> None:
+    """Temperatures and powers stay above 0 and label mixes between 0 and 1, at every step."""
+    target = term.config.target
+    above = {name: getattr(target, name) for name in ("teacher_temperature", "student_temperature", "power")}
+    for name, value in (above | {"label_mix": target.label_mix}).items():
+        schedule = value.number if isinstance(value, Score) else value
+        if schedule is None or schedule.adaptive is not None:
+            continue
+        for step in range(max(1, recipe.steps)):
+            found = schedule.at(Moment(step, recipe.steps))
+            if name == "label_mix" and not 0.0 <= found <= 1.0:
+                raise UserError(f"{where}.label_mix is {found:g} at step {step + 1}; it is a share between 0 and 1.")
+            if name != "label_mix" and found <= 0.0:
+                raise UserError(f"{where}.{name} is {found:g} at step {step + 1}; it must be above 0.")
+
+
 def _check_metric(recipe: Recipe, objective: Objective, path: str, adaptive: Adaptive) -> None:
     metric = adaptive.metric
     if isinstance(adaptive, Calibrated):
@@ -110,6 +152,8 @@ def _check_metric(recipe: Recipe, objective: Objective, path: str, adaptive: Ada
     if metric == "kl_teacher" and "kd" not in families:
         raise UserError(f"{path} follows the KL to the teacher, and no term asks a teacher.")
     kind, _, name = metric.partition("/")
+    if metric not in METRICS and kind not in MEASURED:
+        raise UserError(f"{path} follows {metric!r}, which no step measures{nearest(metric, METRICS)}")
     if kind in ("divergence", "loss", "weight") and name not in objective.names:
         raise UserError(
             f"{path} follows {metric}, and the terms are called {', '.join(objective.names)}; set its metric."

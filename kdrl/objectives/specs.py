@@ -9,8 +9,9 @@ from pydantic import Field, field_validator, model_serializer, model_validator
 
 from kdrl.config import Config
 from kdrl.errors import nearest
+from kdrl.objectives.adaptive import ADAPTIVE
 from kdrl.objectives.base import ScheduleField
-from kdrl.objectives.schedules import Moment, Schedule
+from kdrl.objectives.schedules import SCHEDULES, Moment, Schedule
 from kdrl.objectives.scores import Score, ScoreField
 
 Side = Literal["p", "q", "r"]
@@ -135,7 +136,7 @@ class Divergence(Config):
             raise ValueError(f"a divergence is a name or one of {with_settings} with its settings, not {raw!r}")
         if isinstance(inner, bool) or inner is None:
             raise ValueError(f"{kind} takes no {inner!r}")
-        schedule = isinstance(inner, dict) and len(inner) == 1 and not set(inner) & set(KINDS[kind])
+        schedule = isinstance(inner, dict) and bool(set(inner) & {*SCHEDULES, *ADAPTIVE})
         inner = inner if isinstance(inner, dict) and not schedule else {KINDS[kind][0]: inner}
         if "kind" in inner:
             raise ValueError(f"{kind} takes no kind")
