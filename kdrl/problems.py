@@ -41,14 +41,13 @@ def _unknown(where: str, loc: tuple[Any, ...], root: type[BaseModel], prefix: st
     section: type[BaseModel] | None = root
     for part in loc[:-1]:
         # The place in a list names no field: what follows is a key of the list's items.
-        stays = section is None or isinstance(part, int) or _is_union_tag(part)
-        section = section if stays else _child(section, str(part))
-    known = list(section.model_fields) if section is not None else [p for p in _paths(root) if "." not in p]
-    near = nearest(key, known)
-    elsewhere = [path for path in _paths(root) if path.split(".")[-1] == key and "did you mean" not in near]
+        if section is not None and not isinstance(part, int) and not _is_union_tag(part):
+            section = _child(section, str(part))
+    elsewhere = [path for path in _paths(root) if path.split(".")[-1] == key]
     if elsewhere:
         return f"{where} is no recipe key; did you mean {prefix}{min(elsewhere, key=lambda path: path.count('.'))}?"
-    return f"{where} is no recipe key{near}"
+    known = list(section.model_fields) if section is not None else [p for p in _paths(root) if "." not in p]
+    return f"{where} is no recipe key{nearest(key, known)}"
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
