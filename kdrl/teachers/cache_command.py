@@ -135,6 +135,8 @@ def open_cache(builder: Builder, name: str, folder: Path, stored: Stored) -> Wri
     members = builder.members()
     if name not in members:
         raise UserError(f"no term of the recipe asks {name}, so there is nothing to score; add a distill term.")
+    if name in builder.served:
+        builder.served[name].k = max(builder.served[name].k, stored.settings().get("k", 0))
     return open_writing(
         members[name],
         section_of(recipe, name),

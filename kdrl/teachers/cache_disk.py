@@ -13,10 +13,14 @@ from pathlib import Path
 from kdrl.errors import UserError
 
 LOCK = ".lock"
+_HELD: set[Path] = set()
 
 
 def claim(folder: Path) -> int:
     """An open lock that makes this process the folder's only writer; raises UserError when another one is."""
+    # A record lock does not keep a process from itself.
+    if folder.resolve() in _HELD:
+        raise UserError(f"two teachers of this run would write {folder}; give each a folder of its own.")
     with room_for(folder / LOCK):
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -27,7 +31,14 @@ def claim(folder: Path) -> int:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             os.close(lock)
             raise UserError(f"another process is writing {folder}; wait until it ends, or choose another.") from None
+    _HELD.add(folder.resolve())
     return lock
+
+
+def release(folder: Path, lock: int) -> None:
+    """Let other writers in again."""
+    _HELD.discard(folder.resolve())
+    os.close(lock)
 
 
 def replace_file(path: Path, raw: bytes) -> None:

@@ -17,7 +17,7 @@ from kdrl.models.sources import find_origin
 
 # Where a model comes from and how text is written for it; the rest of a section changes what it answers.
 _NAMES = {"model", "gguf_file", "revision", "tokenizer", "eos", "chat_template", "chat_template_kwargs", "attention"}
-_ELSEWHERE = {"cache", "served", "prepare"}
+_ELSEWHERE = {"cache", "served", "prepare", "offload"}
 _VOLATILE = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from kdrl.errors import UserError
-from kdrl.teachers.cache_disk import append_line, claim, replace_file, room_for
+from kdrl.teachers.cache_disk import append_line, claim, release, replace_file, room_for
 
 FORMAT = 1
 MANIFEST, INDEX, HEAD = "manifest.json", "index.jsonl", "head.safetensors"
@@ -102,7 +101,7 @@ class CacheStore:
             store = cls(folder, _begin(folder, content, head), _lock=lock)
             store._heal()
         except BaseException:
-            os.close(lock)
+            release(folder, lock)
             raise
         return store
 
@@ -115,7 +114,7 @@ class CacheStore:
     def close(self) -> None:
         """Let other processes write here again."""
         if self._lock is not None:
-            os.close(self._lock)
+            release(self.folder, self._lock)
             self._lock = None
 
     @property

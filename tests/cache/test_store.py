@@ -222,6 +222,13 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(
     assert same(read_all(cache, RESPONSES[:4]), before)
 
 
+def test_two_teachers_of_a_run_do_not_write_one_folder(loaded: Any, tmp_path: Path):
+    store = writing(loaded, tmp_path / "cache", KINDS["topk"]).store
+    with store, pytest.raises(UserError, match="two teachers of this run would write"):
+        writing(loaded, tmp_path / "cache", KINDS["topk"])
+    writing(loaded, tmp_path / "cache", KINDS["topk"]).store.close()
+
+
 def test_only_one_process_writes(loaded: Any, tmp_path: Path):
     import subprocess
     import sys
