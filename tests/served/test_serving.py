@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,3 +82,17 @@ def test_mistakes_have_their_sentence(kdrl: Kdrl, world: Path, tmp_path: Path, m
         status, _, err = kdrl(world / "teacher", "--port", port, "--python", tmp_path / "python")
     assert status == 2
     assert f"127.0.0.1:{port} cannot be used" in err
+
+
+def test_it_becomes_the_server_and_hands_the_key_on_unseen(world: Path, tmp_path: Path):
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\necho "key=$VLLM_API_KEY" "$@"\n')
+    stub.chmod(0o755)
+    command = [sys.executable, "-m", "kdrl", "serve-teacher", str(world / "teacher"), "--key-env", "MY_KEY"]
+    command += ["--python", str(stub), "--port", "0"]
+    done = subprocess.run(command, env=os.environ | {"MY_KEY": "s3cret"}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    *said, last = done.stdout.strip().splitlines()
+    assert last.startswith("key=s3cret -m vllm.entrypoints.openai.api_server --model")
+    assert "s3cret" not in "".join(said)
+    assert "s3cret" not in last.removeprefix("key=s3cret")
