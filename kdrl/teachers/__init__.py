@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kdrl.teachers.config import SelfTeacherConfig, TeacherConfig
+from kdrl.teachers.experts import Experts
 from kdrl.teachers.output_adapter import OutputAdapter
 from kdrl.teachers.prepare import PREPARATIONS, Preparation, PreparationConfig, Views, register_preparation
 from kdrl.teachers.soft_prompt import SoftPrompt
@@ -30,6 +31,7 @@ _HOME = {
 __all__ = [
     "PREPARATIONS",
     "Evidence",
+    "Experts",
     "LocalTeacher",
     "Need",
     "OutputAdapter",

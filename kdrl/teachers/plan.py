@@ -56,7 +56,10 @@ def _prepared(recipe: Recipe, teacher: ModelShape, tokens: int, max_length: int,
     section = recipe.teacher
     if section is None or section.prepare is None:
         return
-    if PREPARATIONS.get(section.prepare.name).through_teacher:
+    kind = PREPARATIONS.get(section.prepare.name)
+    if not kind.fits(section.prepare.config):
+        return
+    if kind.through_teacher:
         size = 2 if section.autocast else _BYTES[section.dtype]
         layer = activation_bytes(teacher, max_length, size, size)
         kept = tokens * teacher.layers * layer

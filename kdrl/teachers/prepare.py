@@ -37,7 +37,10 @@ class PreparationConfig(Config):
 
 @dataclass(frozen=True)
 class Views:
-    """Log-probs `[C, V]` of some response tokens: `adapted` with gradient, the bare teacher's and the student's."""
+    """Log-probs `[C, V]` of some response tokens: `adapted` with gradient, the bare teacher's and the student's.
+
+    The bare teacher's are empty where a preparation says that it does not read them.
+    """
 
     adapted_CV: Tensor
     teacher_CV: Tensor
@@ -45,18 +48,30 @@ class Views:
     moment: Moment
 
 
-ConfigT = TypeVar("ConfigT", bound=PreparationConfig)
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 class Preparation(Generic[ConfigT]):
     """Something learned around a frozen teacher; subclasses give `parameters`, `hidden` and `loss`."""
 
-    Config: ClassVar[type[PreparationConfig]] = PreparationConfig
+    Config: ClassVar[type[Config]] = PreparationConfig
     through_teacher: ClassVar[bool] = True
     """Whether the gradient passes through the teacher's layers, which then keep their activations (memory plan)."""
+    reads_bare: ClassVar[bool] = True
+    """Whether `loss` reads the bare teacher's log-probs, which cost a pass of the teacher."""
 
     def __init__(self, config: ConfigT, teacher: LoadedModel, seed: int) -> None:
         self.config, self.teacher, self.seed = config, teacher, seed
+
+    @classmethod
+    def fits(cls, config: Any) -> bool:
+        """Whether anything is learned with these settings."""
+        return True
+
+    @property
+    def fit(self) -> PreparationConfig | None:
+        """Rate and bound of the optimizer; None where nothing is learned."""
+        return self.config if isinstance(self.config, PreparationConfig) else None
 
     @property
     def parameters(self) -> Mapping[str, Parameter]:
@@ -67,6 +82,21 @@ class Preparation(Generic[ConfigT]):
     def more_tokens(self) -> int:
         """Positions of the teacher's context that are taken beside prompt and response."""
         return 0
+
+    def begin(self, moment: Moment) -> None:
+        """Called before anything else of a step."""
+
+    @property
+    def surveys(self) -> bool:
+        """Whether `survey` is to see a pass over all asked tokens of the step before the loss is taken."""
+        return False
+
+    def survey(self, place_M: Tensor) -> None:
+        """Look at the pass that `hidden` has just made without gradient; `place_M` are its asked places of `B * L`."""
+
+    def aside(self, place_M: Tensor) -> Tensor | None:
+        """A loss beside `loss`, summed over the asked places of the pass that `hidden` has just made."""
+        return None
 
     def hidden(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
         """Hidden states `[B, L, D]` of the adapted teacher before its head, differentiable in `parameters`."""
@@ -86,9 +116,9 @@ class Prepare:
     """A preparation with its settings, as a recipe writes it: `{name: {settings}}`."""
 
     name: str
-    config: PreparationConfig
+    config: Config
 
-    def parts(self) -> dict[str, PreparationConfig]:
+    def parts(self) -> dict[str, Config]:
         """The settings by name."""
         return {self.name: self.config}
 

@@ -60,7 +60,7 @@ def likelihood(s: Step, z: Array) -> complex:
 # --- one divergence on a text ---
 
 
-@published("reverse-kl", "opd-exact", "promptkd")
+@published("reverse-kl", "opd-exact", "promptkd", "moe-sar", "moe-ka")
 def reverse(s: Step, z: Array) -> complex:
     return mean(kl(sm(z), sm(s.teacher_NV)))
 
