@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdrl.evaluation import evaluate
     from kdrl.objectives.api import divergence
+    from kdrl.objectives.blocks import register_block_loss
     from kdrl.objectives.masks import register_mask
     from kdrl.objectives.schedules import register_schedule
+    from kdrl.objectives.scores import register_score
     from kdrl.objectives.terms import register_term
     from kdrl.recipe import load_recipe
     from kdrl.run import train
@@ -25,8 +27,10 @@ _HOME = {
     "evaluate": "kdrl.evaluation",
     "divergence": "kdrl.objectives.api",
     "register_preparation": "kdrl.teachers.prepare",
+    "register_block_loss": "kdrl.objectives.blocks",
     "register_mask": "kdrl.objectives.masks",
     "register_schedule": "kdrl.objectives.schedules",
+    "register_score": "kdrl.objectives.scores",
     "register_term": "kdrl.objectives.terms",
     "load_recipe": "kdrl.recipe",
     "Problem": "kdrl.tasks",
@@ -39,9 +43,11 @@ __all__ = [
     "divergence",
     "evaluate",
     "load_recipe",
+    "register_block_loss",
     "register_mask",
     "register_preparation",
     "register_schedule",
+    "register_score",
     "register_task",
     "register_term",
     "register_verifier",

@@ -23,7 +23,7 @@ from kdrl.objectives.schedules import Memory
 from kdrl.pairing import check_contexts, check_gives, check_lengths, check_numbers, pairing_checks
 from kdrl.recipe import Recipe
 from kdrl.rollouts import Collector
-from kdrl.score_checks import warnings_of
+from kdrl.score_checks import unset_rate, warnings_of
 from kdrl.sources.base import Judge
 from kdrl.sources.build import Writers
 from kdrl.tasks import Problem, Task, VerifierPool, build_task
@@ -75,7 +75,7 @@ class Builder:
         self.notes: list[str] = []
         self._observe = observe or self._note
         self.objective = build_objective(recipe)
-        self._observe("scores", lambda: warnings_of(self.objective))
+        self._observe("scores", lambda: [*warnings_of(self.objective), *unset_rate(recipe)])
         self.student = load_model(recipe.student, self.device, trainable=True, seed=recipe.seed)
         self.served: dict[str, ServedTeacher] = {}
         self.cached: dict[str, CachedTeacher] = {}

@@ -52,6 +52,13 @@ def reads_rewards(term: Term) -> bool:
     return any(names_in(score) & OF_REWARD for score in scores)
 
 
+def unset_rate(recipe: Recipe) -> list[str]:
+    """A note where nobody chose the learning rate."""
+    if "lr" in recipe.optimizer.model_fields_set:
+        return []
+    return ["optimizer.lr is the default, 1e-6, which suits large models; small ones distil at 1e-5 to 5e-4"]
+
+
 def warnings_of(objective: Objective) -> list[str]:
     """What is allowed and yet seldom meant, a sentence each."""
     free = [

@@ -49,6 +49,9 @@ class Support(Config):
         if not isinstance(raw, dict) or not raw or "kind" in raw:
             return raw
         key, value = next(iter(raw.items()))
+        if len(raw) > 1 and key in FIELDS:
+            inside = ", ".join(f"{FIELDS[key][0] if k == key else k}: {v}" for k, v in raw.items())
+            raise ValueError(f"settings of a support go inside it: {{{key}: {{{inside}}}}}")
         if len(raw) != 1 or key not in FIELDS:
             raise ValueError(f"a support is full, or one of {', '.join(FIELDS)} with its value, not {raw!r}")
         if isinstance(value, bool) or (isinstance(value, dict) and "kind" in value):

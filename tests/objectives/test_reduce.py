@@ -16,7 +16,7 @@ from torch import Tensor
 from kdrl.objectives.reduce import Reduce, token_weights
 from kdrl.objectives.terms import TERMS, Term, TokenView
 
-from .reference import Array, as_tensor, close, quick, tokens_of, token_view
+from .reference import Array, as_tensor, close, quick, token_view, tokens_of
 
 # Response 0 keeps two of three tokens, response 1 its only one, response 2 none of two; response 3 has no tokens.
 KEEP = torch.tensor([True, False, True, True, False, False])
