@@ -1,6 +1,6 @@
 """A score of one's own: weigh tokens by how surprised the teacher is at what the student wrote.
 
-kdrl train examples/tiny.yaml method=opd plugins=examples/own_score.py 'objective.distill.scale={surprise: {cap: 3.0}}' \
+kdrl train examples/tiny.yaml method=opd plugins=examples/own_score.py 'objective.distill.scale={surprise: 3.0}' \
   --output runs/own-score
 
 A score gives one number per token, [C], without gradient; `reads` says what it looks at: data, student or teacher
