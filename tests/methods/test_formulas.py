@@ -15,11 +15,12 @@ from kdrl.recipe import read_entry
 
 from .harness import loss_of, made_step
 from .numerics import Array, Step, ce, gradient, kl, log_sm, mass, mean, sm
+from .rewarded import WHOLE
 from .sampled import PUBLISHED
+from .typed import BESIDE, OBJECTIVES
 
-# Terms beside distillation whose formulas have tests of their own.
-ELSEWHERE = {"policy_gradient", "preference", "sequence_kl", "feature", "entropy", "reference_kl"}
-ELSEWHERE |= {"chunk_kl", "chunk_distill", "overlap_distill", "sorted_distill", "group_distill"}
+# No whole step here: their own numbers are typed in typed.py, which names the tests of their formulas.
+ELSEWHERE = {"align-to-distill", "nd", "qat-kd", "tinybert", "vkd", "alm", "gold", "kdrl-chunk", "simple-ctkd", "uld"}
 
 
 def found(name: str, step: Step, z: Array, only: str | None = None) -> tuple[float, Array]:
@@ -41,12 +42,11 @@ def test_value_and_gradient_are_those_of_the_formula(name: str, seed: int):
     np.testing.assert_allclose(slope, want, rtol=1e-8, atol=1e-10)
 
 
-def test_every_method_of_distillation_alone_has_a_reference():
-    """Terms of rewards, preferences and hidden states are checked where they live."""
-    for name, method in all_methods().items():
-        kinds = {next(iter(entry)) for entry in method.recipe["objective"]}
-        if not kinds & ELSEWHERE and name != "redi":
-            assert name in PUBLISHED
+def test_every_method_has_a_reference_of_its_own_numbers():
+    """Distillation here, rewards and preferences in test_elsewhere.py; the rest has typed objectives there."""
+    assert sorted(all_methods()) == sorted([*PUBLISHED, *WHOLE, *ELSEWHERE])
+    assert set(OBJECTIVES) == ELSEWHERE
+    assert set(BESIDE) == {*WHOLE, *ELSEWHERE}
 
 
 # Not zero at p = q, with the reason; `value` of the distillation terms there, from the formula.
