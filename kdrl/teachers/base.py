@@ -142,7 +142,6 @@ class Evidence:
             moment=given.moment,
         )
 
-
     def _of_written(self, logp_CV: Tensor | None, token_C: Tensor, stored_C: Tensor) -> Tensor:
         """Log-probs of the written tokens, from the distribution where there is one."""
         return stored_C if logp_CV is None else logp_CV.gather(-1, token_C[:, None]).squeeze(-1)
