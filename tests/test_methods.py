@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from tiny import raw_recipe, rows_of, run, with_teacher
+from tiny import raw_recipe, rows_of, run, section, with_teacher
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,9 +46,17 @@ SPECIAL: dict[str, Callable[[Path], dict[str, Any]]] = {
     "dapo": lambda world: {"rollout": {"dynamic_sampling": 2}},
     # A trace in a group of two leaves one rollout, and its advantage is not zero then.
     "luffy": lambda world: {"rollout": {"group": 3}},
+    # Their teacher has experts.
+    "moe-ka": lambda world: {"teacher": mixture()},
+    "moe-sar": lambda world: {"teacher": mixture()},
 }
 # Their folders are also read by plain transformers: whole weights, adapters merged, weights rounded.
 READ_BACK = ("grpo", "kd", "kd-lora", "bitdistiller", "distillm-2")
+
+
+def mixture() -> dict[str, Any]:
+    """A new teacher of four experts a layer, of which it takes two."""
+    return section(architecture="mixtral", layers=2, settings={"num_local_experts": 4, "num_experts_per_tok": 2})
 
 
 def traces(world: Path) -> Path:
@@ -71,7 +79,8 @@ def method_recipe(world: Path, name: str, **change: Any) -> dict[str, Any]:
     special = SPECIAL.get(name, lambda world: {})(world)
     rollout |= special.pop("rollout", {})
     teacher = {} if name in NO_TEACHER else with_teacher(world)
-    return raw_recipe(world, name, rollout=rollout, log={"gradients_every": 1}, **teacher, **special, **change)
+    given = {**teacher, **special, **change}
+    return raw_recipe(world, name, rollout=rollout, log={"gradients_every": 1}, **given)
 
 
 def asks(recipe: Recipe) -> bool:
