@@ -124,8 +124,8 @@ def bare(world: Path, name: str) -> Recipe:
     """The method as published: only what a recipe must add."""
     teacher = {} if name in NO_TEACHER else with_teacher(world)
     raw = raw_recipe(world, name, **teacher)
-    for section in ("rollout", "optimizer", "evaluate"):
-        del raw[section]
+    for left in ("rollout", "optimizer", "evaluate"):
+        del raw[left]
     return load_recipe(raw)
 
 
