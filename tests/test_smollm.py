@@ -81,10 +81,11 @@ def test_problem_texts_decide_the_splits_also_between_recipe_and_file(tmp_path: 
             assert {split_of(text_key(text), **holdout) for text in found} == {split}
             texts.setdefault(split, set()).update(found)
     assert not texts["train"] & (texts["development"] | texts["test"])
-    # What a file of such problems keeps for its own test, with the smaller shares of kdrl.yaml, no teacher has seen.
+    # What a file of such problems keeps for its own test, with smaller shares, no teacher has seen.
     path = tmp_path / "data.jsonl"
     run([REPO / "examples" / "make_jsonl.py", path])
     options = [f"student.model={WEIGHTS}", f"teacher.model={WEIGHTS}", f"task.path={path}"]
+    options += ["task.holdout.development=0.05", "task.holdout.test=0.05"]
     task = build_task(load_recipe(KDRL, options).task, 0)
     for split in ("development", "test"):
         stream = task.problems(split)
