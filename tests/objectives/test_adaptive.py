@@ -241,3 +241,11 @@ def test_a_schedule_of_another_recipe_is_refused_and_does_not_stand_still():
     memory = Memory.within(DistillConfig.model_validate(CONFIG))
     with pytest.raises(TypeError, match="not of this run's recipe"):
         Schedule({"target_kl": {"target": 0.5}}).at(Moment(1, 10, memory))
+
+
+def test_a_rise_of_exactly_the_margin_counts():
+    rise = Schedule({"on_rise": {"margin": 0.5}}).adaptive
+    assert rise is not None
+    state = rise.update(rise.begin(), 1.0, 0, 10)
+    assert rise.update(state, 1.5, 1, 10)["value"] == 0.1
+    assert rise.update(state, 1.4375, 1, 10)["value"] == 0.0
