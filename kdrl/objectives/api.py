@@ -14,6 +14,7 @@ from kdrl.errors import UserError
 from kdrl.objectives.distill import Distill, DistillConfig
 from kdrl.objectives.estimators import token_loss
 from kdrl.objectives.scores import Score, Tokens, column, measure
+from kdrl.objectives.target import sampled_target
 from kdrl.problems import explain_validation
 
 # What a run does before the per-token loss and single tokens cannot show: only what changes nothing is taken.
@@ -168,9 +169,7 @@ def _sampled(config: DistillConfig, inputs: _Inputs) -> Tensor:
     assert inputs.token_N is not None
     logq_N = inputs.logq_NV.gather(-1, inputs.token_N[:, None]).squeeze(-1)
     assert tokens.logp_C is not None
-    target_N = tokens.logp_C
-    if config.target.product is not None:
-        assert inputs.reference_NV is not None
-        eta = config.target.product.at(tokens.moment)
-        target_N = eta * target_N + (1.0 - eta) * inputs.reference_NV.gather(-1, inputs.token_N[:, None]).squeeze(-1)
+    reference_NV, at_N1 = inputs.reference_NV, inputs.token_N[:, None]
+    reference_N = None if reference_NV is None else reference_NV.gather(-1, at_N1).squeeze(-1)
+    target_N = sampled_target(config.target, tokens.logp_C, reference_N, tokens.moment)
     return column(config.scale(tokens), logq_N) * token_loss(config.support, logq_N, target_N, config.clamp)

@@ -18,7 +18,7 @@ from kdrl.objectives.scores import Score, Tokens, column
 from kdrl.objectives.specs import Divergence
 from kdrl.objectives.support import Covered, Few, cover, cover_few, draw_weights, drawn_forward_kl, listwise
 from kdrl.objectives.support_specs import Support, refuse_untaught
-from kdrl.objectives.target import Target, label_and_rest, rescaling, student_view, teacher_view
+from kdrl.objectives.target import Target, label_and_rest, rescaling, sampled_target, student_view, teacher_view
 
 
 class DistillConfig(TermConfig):
@@ -210,11 +210,6 @@ class Distill(Term[DistillConfig]):
             assert view.divergence_N is not None
             return view.divergence_N
         assert view.teacher_N is not None
-        target_N = view.teacher_N
-        if self.config.target.product is not None:
-            # Its normaliser is a constant of the state, which the expected gradient does not see.
-            assert view.reference_N is not None
-            eta = self.config.target.product.at(view.moment)
-            target_N = eta * target_N + (1.0 - eta) * view.reference_N
+        target_N = sampled_target(self.config.target, view.teacher_N, view.reference_N, view.moment)
         rho_N = importance_ratio(view.logq_N, view.old_N)
         return token_loss(self.config.support, view.logq_N, target_N, self.config.clamp, rho_N)

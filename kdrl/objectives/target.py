@@ -12,6 +12,7 @@ from torch import Tensor
 from kdrl.config import Config
 from kdrl.objectives.base import ScheduleField
 from kdrl.objectives.logspace import finite
+from kdrl.objectives.schedules import Moment
 from kdrl.objectives.scores import ScoreField, Tokens, column
 
 
@@ -133,6 +134,18 @@ def rescaling(target: Target, tokens: Tokens, like: Tensor) -> Tensor | float:
     temperatures = (target.teacher_temperature, target.student_temperature)
     one, two = (tokens.temperature if t is None else column(t(tokens), like) for t in temperatures)
     return one * two
+
+
+def sampled_target(target: Target, logp_N: Tensor, reference_N: Tensor | None, moment: Moment) -> Tensor:
+    """log p~ of sampled tokens, of which only a product can be had; its normaliser is left out.
+
+    That is a constant of the state, which the expected gradient of an estimator does not see.
+    """
+    if target.product is None:
+        return logp_N
+    assert reference_N is not None
+    eta = target.product.at(moment)
+    return eta * logp_N + (1.0 - eta) * reference_N
 
 
 def label_and_rest(logp_CV: Tensor, token_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
