@@ -12,7 +12,7 @@ import torch
 
 from kdrl.checkpoint import Checkpoints
 from kdrl.checks import build_objective, needs_rewards, self_terms
-from kdrl.engines import TorchEngine
+from kdrl.engines import Engine, TorchEngine
 from kdrl.errors import UserError
 from kdrl.evaluation import EvaluateConfig, EvaluationResult, evaluate_loaded, pick_problems
 from kdrl.extragradient import ExtragradientAdamW
@@ -26,6 +26,7 @@ from kdrl.rollouts import Collector
 from kdrl.score_checks import unset_rate, warnings_of
 from kdrl.sources.base import Judge
 from kdrl.sources.build import Writers
+from kdrl.sources.served import ServedEngine, reader_of
 from kdrl.tasks import Problem, Task, VerifierPool, build_task
 from kdrl.tasks.base import take
 from kdrl.teachers import LocalTeacher, PreparedTeacher, ReferenceTeacher, SelfTeacher, Teacher
@@ -164,9 +165,6 @@ class Builder:
             checks = served_checks(section_of(self.recipe, name), teacher, self.student, plan)
             for what, check in checks.items():
                 self._observe(what if name == "teacher" else f"{what} ({name})", check)
-        config = self.recipe.evaluate
-        if "teacher" in self.served and config.final_problems and config.baselines:
-            self.notes.append("the teacher is served and is not evaluated as a baseline")
 
     def _check_evaluation(self) -> None:
         self._observe("held-out problems", self._look_for_splits)
@@ -267,20 +265,29 @@ class Builder:
         kind = ExtragradientAdamW if config.extragradient else torch.optim.AdamW
         return kind(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
-    def evaluate_model(self, loaded: LoadedModel, config: EvaluateConfig) -> EvaluationResult:
-        """Responses of a model on a split's first problems, scored by the run's verifiers."""
+    def writes(self, who: str) -> bool:
+        """Whether `who` (student or a teacher) is a model that can be evaluated: here, or on a server."""
+        return who == "student" or who in self.models or who in self.served
+
+    def evaluate_model(self, who: str, config: EvaluateConfig) -> EvaluationResult:
+        """Responses of the student or a teacher on a split's first problems, scored by the run's verifiers."""
         problems = pick_problems(self.task, config)
-        engine = TorchEngine(loaded, self.recipe.rollout.rows, filtered_ok=True)
-        limit = self.recipe.rollout.max_new_tokens
+        if who in self.served:
+            loaded = reader_of(section_of(self.recipe, who), self.student)
+            engine: Engine = ServedEngine(self.served[who], loaded, problems)
+        else:
+            loaded = self.student if who == "student" else self.models[who]
+            engine = TorchEngine(loaded, self.recipe.rollout.rows, filtered_ok=True)
+        rollout = self.recipe.rollout
         # One seed for every run: evaluations of different runs must differ by the model alone.
         return evaluate_loaded(
-            engine, loaded, problems, self.pool, config, 0, max_new_tokens=limit, stop=self.recipe.rollout.stop
+            engine, loaded, problems, self.pool, config, 0, max_new_tokens=rollout.max_new_tokens, stop=rollout.stop
         )
 
     def development(self, updater: Updater) -> dict[str, float | None]:
         """The evaluation of a training run, as metrics; the likelihood of solutions where a schedule follows it."""
         recipe = self.recipe
-        result = self.evaluate_model(self.student, recipe.evaluate)
+        result = self.evaluate_model("student", recipe.evaluate)
         row = {f"eval/{key}": value for key, value in result.headline().items()}
         if Memory.within(recipe).follows("eval/loss"):
             problems = pick_problems(self.task, recipe.evaluate)

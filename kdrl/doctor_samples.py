@@ -181,8 +181,8 @@ def _accuracies(builder: Builder, problems: int) -> dict[str, Accuracy]:
         config = config.model_copy(update={"split": "train"})
     found: dict[str, Accuracy] = {}
     with torch.no_grad():
-        for name, loaded in ({"student": builder.student} | builder.models).items():
-            result = builder.evaluate_model(loaded, config)
+        for name in ("student", *builder.models, *builder.served):
+            result = builder.evaluate_model(name, config)
             total = len(result.records)
             right = round(result.accuracy * total)
             found[name] = Accuracy(right, total, result.metrics["tokens"] or 0.0, config.split)

@@ -187,9 +187,9 @@ def _measure_baselines(builder: Builder, evaluations: _Evaluations, say: Say) ->
     config = builder.recipe.evaluate
     if not (config.final_problems and config.baselines):
         return
-    for name, loaded in (("start", builder.student), ("teacher", builder.teacher)):
-        if loaded is not None and name not in evaluations.results:
-            result = builder.evaluate_model(loaded, config.final())
+    for name, who in (("start", "student"), ("teacher", "teacher")):
+        if builder.writes(who) and name not in evaluations.results:
+            result = builder.evaluate_model(who, config.final())
             evaluations.put(name, result)
             say(f"{name}: {_sentence(result)}")
 
@@ -197,7 +197,7 @@ def _measure_baselines(builder: Builder, evaluations: _Evaluations, say: Say) ->
 def _finish(builder: Builder, run_dir: Path, evaluations: _Evaluations, say: Say) -> None:
     save_final(builder.student, run_dir / "final")
     if builder.recipe.evaluate.final_problems:
-        result = builder.evaluate_model(builder.student, builder.recipe.evaluate.final())
+        result = builder.evaluate_model("student", builder.recipe.evaluate.final())
         evaluations.put("final", result)
         say(f"final: {_sentence(result)}")
     from kdrl.report import report_run

@@ -1,6 +1,6 @@
 """A model writes traces to a split's problems, each scored by the task's verifier.
 
-Left out: several writers in one file, served teachers, and tool calls.
+Left out: several writers in one file, and tool calls.
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ from kdrl.data.traces import Keep, Trace, keep_traces, satisfied
 from kdrl.engines import Engine, Sample, TorchEngine
 from kdrl.errors import UserError
 from kdrl.models import TeacherModelConfig, encode_prompt, load_model
+from kdrl.models.loading import load_without_weights
 from kdrl.seeds import derive
+from kdrl.sources.served import ServedEngine, reader_of
 from kdrl.tasks import Problem, ProblemStream, ResponseInfo, VerifierPool, build_task
+from kdrl.teachers.config import TeacherConfig
+from kdrl.teachers.served_checks import open_served, writing_checks
+from kdrl.teachers.served_config import ServedConfig
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int, Counts], None]
@@ -120,7 +125,7 @@ class Summary:
 
 
 def writer_section(inputs: Inputs, model: str | None, writer: str | None) -> TeacherModelConfig:
-    """Who writes: the model named, else the recipe's `writer` (teacher or student)."""
+    """Who writes: the model named, else the recipe's `writer` (teacher or student); a teacher may be on a server."""
     if model is not None:
         if writer is not None:
             raise UserError("--model and --writer both say who writes; keep one of the two.")
@@ -131,7 +136,11 @@ def writer_section(inputs: Inputs, model: str | None, writer: str | None) -> Tea
     section = inputs.teacher if writer == "teacher" else inputs.student
     if section is None:
         raise UserError(f"there is no {writer} to write: name a model with --model PATH_OR_ID or {writer}.model=...")
-    return loaded_here(section, "--model")
+    return section if _on_server(section) is not None else loaded_here(section, "--model")
+
+
+def _on_server(section: TeacherModelConfig) -> ServedConfig | None:
+    return section.served if isinstance(section, TeacherConfig) else None
 
 
 def generate(
@@ -146,9 +155,11 @@ def generate(
 ) -> Summary:
     """Write traces to `output` (JSON lines), going on where an earlier process with the same settings stopped.
 
-    The bytes follow from settings and weights, however often it was stopped (on one device). Raises UserError.
+    The bytes follow from settings and weights, however often it was stopped (on one device; of a served teacher, as far
+    as the server writes the same again). Raises UserError, and RunError where a server answers no more.
     """
     section = writer_section(inputs, model, writer)
+    _check_server(section, config)
     sampling = Sampling.of(inputs, config)
     if sampling.temperature == 0 and (sampling.top_p < 1 or sampling.top_k > 0):
         raise UserError("--top-p and --top-k change nothing at temperature 0; leave them out.")
@@ -156,6 +167,8 @@ def generate(
     with ExitStack() as stack:
         file = stack.enter_context(TraceFile(output, _settings(inputs, config, section, sampling), say))
         maker = _Maker(inputs, config, section, sampling, stack)
+        for note in maker.notes:
+            say(f"note: {note}")
         problems = maker.problems()
         if file.problems:
             say(f"{output} holds {min(file.problems, len(problems))} of {len(problems)} problems already; going on")
@@ -167,13 +180,23 @@ def generate(
         return Summary(output, file.counts, time.monotonic() - began)
 
 
+def _check_server(section: TeacherModelConfig, config: GenerateConfig) -> None:
+    served = _on_server(section)
+    if served is not None and served.api == "chat" and config.first_thought is not None:
+        raise UserError(
+            "--first-thought needs a writer that goes on with a text, and teacher.served.api=chat answers messages; "
+            "set teacher.served.api=completions or tokens."
+        )
+
+
 def _settings(
     inputs: Inputs, config: GenerateConfig, section: TeacherModelConfig, sampling: Sampling
 ) -> dict[str, Any]:
-    """What must be the same to go on with a file. The number of problems may grow; the device and rows may change."""
+    """What must be the same to go on with a file. The number of problems may grow; device, rows, server may change."""
     own = config.model_dump(mode="json", exclude={"problems", "temperature", "top_p", "top_k", "max_new_tokens"})
+    where = {"served": set(ServedConfig.model_fields) - {"model", "api"}}
     return {
-        "model": section.model_dump(mode="json"),
+        "model": section.model_dump(mode="json", exclude=where),
         **own,
         **vars(sampling),
         "batch": batch_size(inputs, config),
@@ -223,17 +246,37 @@ class _Maker:
         stack: ExitStack,
     ) -> None:
         self.config, self.sampling, self.batch = config, sampling, batch_size(inputs, config)
-        device = resolve_device(inputs.device)
-        self.loaded = load_model(section, device, trainable=False, seed=inputs.seed)
         self.name = section.model if isinstance(section.model, str) else "new model"
-        self.engine: Engine = TorchEngine(self.loaded, inputs.rollout.rows, filtered_ok=True)
-        self.thought = self._first_thought(inputs, device)
+        self.notes: list[str] = []
+        self.engine: Callable[[Sequence[Problem]], Engine]
+        if isinstance(section, TeacherConfig) and section.served is not None:
+            self._ask(section, inputs)
+        else:
+            self._load(section, inputs)
+        self.thought = self._first_thought(inputs)
         self.task = build_task(inputs.task, inputs.seed, lambda p: len(encode_prompt(self.loaded, p.prompt)))
         self.pool = stack.enter_context(VerifierPool(inputs.task))
 
-    def _first_thought(self, inputs: Inputs, device: str) -> FirstThought | None:
+    def _load(self, section: TeacherModelConfig, inputs: Inputs) -> None:
+        self.loaded = load_model(section, resolve_device(inputs.device), trainable=False, seed=inputs.seed)
+        engine = TorchEngine(self.loaded, inputs.rollout.rows, filtered_ok=True)
+        self.engine = lambda problems: engine
+        context = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        self.context = context if isinstance(context, int) else None
+
+    def _ask(self, section: TeacherConfig, inputs: Inputs) -> None:
+        student = inputs.student
+        named = student is not None and isinstance(student.model, str)
+        self.loaded = reader_of(section, load_without_weights(student) if student is not None and named else None)
+        teacher = open_served(section, self.loaded, 0)
+        self.notes += writing_checks(teacher, self.loaded)
+        self.engine = lambda problems: ServedEngine(teacher, self.loaded, problems)
+        self.context = teacher.context
+
+    def _first_thought(self, inputs: Inputs) -> FirstThought | None:
         if self.config.first_thought is None:
             return None
+        device = resolve_device(inputs.device)
         named, amount = parse_first_thought(self.config.first_thought)
         loaded = load_model(inputs.model_section(named), device, trainable=False, seed=inputs.seed)
         return FirstThought(loaded, TorchEngine(loaded, inputs.rollout.rows, filtered_ok=True), amount)
@@ -243,10 +286,9 @@ class _Maker:
         config = self.config
         found = distinct_problems(self.task.problems(config.split), config.problems, config.split)
         more = self.sampling.max_new_tokens + (self.thought.tokens if self.thought else 0)
-        text_config: Any = self.loaded.model.config.get_text_config()
-        context = getattr(text_config, "max_position_embeddings", None)
+        context = self.context
         longest = max(len(encode_prompt(self.loaded, problem.prompt)) for problem in found)
-        if isinstance(context, int) and longest + more > context:
+        if context is not None and longest + more > context:
             raise UserError(
                 f"{self.name} reads at most {context} tokens, but a prompt of {longest} and a response of {more} make "
                 f"{longest + more}; lower --max-new-tokens or set task.max_prompt_tokens."
@@ -298,7 +340,8 @@ class _Maker:
 
     def _plain(self, problems: Sequence[Problem], seed: int) -> list[tuple[list[int], Sample, None]]:
         prompts = [encode_prompt(self.loaded, problem.prompt) for problem in problems]
-        written = self.engine.generate(prompts, samples=self.config.samples, seed=seed, **vars(self.sampling))
+        engine = self.engine(problems)
+        written = engine.generate(prompts, samples=self.config.samples, seed=seed, **vars(self.sampling))
         return [([], sample, None) for samples in written for sample in samples]
 
     def _led(
@@ -311,5 +354,5 @@ class _Maker:
         prompts = [
             encode_prompt(self.loaded, problem.prompt) + ids for (problem, _), ids in zip(pairs, prefixes, strict=True)
         ]
-        written = self.engine.generate(prompts, samples=1, seed=seed, **vars(self.sampling))
+        written = self.engine(problems).generate(prompts, samples=1, seed=seed, **vars(self.sampling))
         return [(ids, sample, text) for ids, (sample,), (_, text) in zip(prefixes, written, pairs, strict=True)]

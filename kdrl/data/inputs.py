@@ -35,8 +35,8 @@ class Inputs(Config):
     """Python files or modules to import first: one's own verifiers and tasks."""
     student: TeacherModelConfig | None = None
     """The small model: the reference of `select`."""
-    teacher: TeacherModelConfig | None = None
-    """The large model."""
+    teacher: TeacherConfig | None = None
+    """The large model; `generate` may ask one on a server."""
     task: TaskConfig
     """Prompts and their verifier."""
     rollout: RolloutConfig = RolloutConfig()
@@ -47,11 +47,17 @@ class Inputs(Config):
         sections = [s for s in (self.student, self.teacher) if s is not None]
         for section in sections:
             if section.model == named:
-                return section
+                return _here(section)
         if not sections:
             return TeacherModelConfig(model=named)
         kept = ("chat_template", "chat_template_kwargs", "eos", "dtype", "autocast", "attention")
         return TeacherModelConfig(model=named, **{name: getattr(sections[0], name) for name in kept})
+
+
+def _here(section: TeacherModelConfig) -> TeacherModelConfig:
+    """The section of a model that was named, to be loaded wherever the recipe's teacher is."""
+    away = isinstance(section, TeacherConfig)
+    return section.model_copy(update={"served": None, "cache": None}) if away else section
 
 
 def loaded_here(section: TeacherModelConfig, option: str) -> TeacherModelConfig:

@@ -23,6 +23,11 @@ def check_served(recipe: Recipe, objective: Objective) -> None:
                 f"source {recipe.source.kind} draws every token with the teacher's logits, which no server gives; load "
                 "it locally, or use source teacher."
             )
+        if teacher.served.text_only and settings.asks_teacher and recipe.rollout.top_k:
+            raise UserError(
+                f"rollout.top_k is no option of teacher.served.api={teacher.served.api}; set it to 0, or serve the "
+                "teacher for api tokens."
+            )
         if isinstance(settings, Filtered) and settings.scores & {"teacher_logp", "logp_gap"}:
             raise UserError(
                 "source filtered scores responses by a local teacher only; load it, or keep by other scores."

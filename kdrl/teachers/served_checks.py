@@ -108,6 +108,11 @@ def served_checks(section: TeacherConfig, teacher: ServedTeacher, student: Loade
     return checks
 
 
+def writing_checks(teacher: ServedTeacher, reader: LoadedModel) -> list[str]:
+    """Notes on a teacher that is only to write; raises UserError where its token ids are not the reader's."""
+    return _check_replicas(teacher) + ([] if teacher.config.text_only else _check_spelling(teacher, reader))
+
+
 def _check_replicas(teacher: ServedTeacher) -> list[str]:
     silent = [r for r in teacher.client.replicas if r.why]
     return [f"the teacher server {r.url} does not answer ({r.why}); it is left out until it does" for r in silent]
