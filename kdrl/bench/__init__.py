@@ -1,0 +1,1 @@
+"""Measurements of kdrl: phases, memory, and other libraries beside it."""

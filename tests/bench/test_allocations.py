@@ -1,0 +1,34 @@
+"""The counter of live bytes against tensors whose lives are known."""
+
+from __future__ import annotations
+
+import torch
+
+from kdrl.bench.allocations import Allocations
+
+
+def test_live_and_peak_bytes_by_hand():
+    before = torch.randn(1000)
+    with Allocations() as seen:
+        part = before[:10]
+        assert (seen.live, seen.peak) == (0, 0), "a view, and what was there before"
+        one = part + 1.0
+        assert seen.live == 40
+        two = torch.cat([one, one])
+        assert (seen.live, seen.peak) == (120, 120)
+        seen_as_pairs = two.view(10, 2)
+        del one, two
+        assert seen.live == 80, "a view keeps its storage"
+        seen_as_pairs.mul_(2.0)
+        del seen_as_pairs
+        assert (seen.live, seen.peak) == (0, 120)
+
+
+def test_what_autograd_keeps_is_counted_until_the_backward_pass():
+    leaf = torch.randn(1000, requires_grad=True)
+    with Allocations() as seen:
+        value = leaf.exp().exp().sum()
+        assert seen.live == 8004, "both results of exp, and the sum"
+        value.backward()
+        del value
+        assert seen.live == 4000, "the gradient"
