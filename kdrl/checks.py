@@ -63,14 +63,25 @@ def check_recipe(recipe: Recipe) -> None:
     rates = [recipe.optimizer.lr(step, recipe.steps) for step in (0, max(0, recipe.steps - 1))]
     if min(rates) < 0.0:
         raise UserError(f"optimizer.lr is {min(rates):g} at one end of the run, and would undo what it should learn.")
-    _check_extragradient(recipe)
+    _check_optimizer(recipe)
     for name, term in zip(objective.names, objective.terms, strict=True):
         _check_term(recipe, name, term)
     _check_readers(recipe, objective)
 
 
-def _check_extragradient(recipe: Recipe) -> None:
+def _check_optimizer(recipe: Recipe) -> None:
     optimizer = recipe.optimizer
+    if optimizer.master_weights and (recipe.student.dtype == "float32" or recipe.student.lora is not None):
+        what = "adapters" if recipe.student.lora is not None else "weights"
+        raise UserError(
+            f"optimizer.master_weights keeps float32 copies of bfloat16 weights, and the {what} that are trained here "
+            "are float32 already; leave it out."
+        )
+    if optimizer.extragradient and optimizer.kind.startswith("paged"):
+        raise UserError(
+            f"optimizer.extragradient copies the moments, and copies are not paged; use optimizer.kind=adamw_8bit or "
+            f"adamw in place of {optimizer.kind}."
+        )
     if optimizer.extragradient and recipe.steps % 2:
         raise UserError(
             f"optimizer.extragradient takes steps in pairs, and {recipe.steps} steps would end on a look-ahead; make "

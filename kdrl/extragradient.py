@@ -43,7 +43,3 @@ class Extragradient(torch.optim.Optimizer):
             p.copy_(kept.pop("weight"))
             state.clear()
             state.update(kept)
-
-
-class ExtragradientAdamW(Extragradient, torch.optim.AdamW):
-    """AdamW that looks ahead."""

@@ -21,6 +21,7 @@ from kdrl.model_shape import ModelShape as ModelShape
 from kdrl.model_shape import activation_bytes
 from kdrl.model_shape import adapter_parameters as adapter_parameters
 from kdrl.objectives.head import CHUNK_ELEMENTS
+from kdrl.optimizers import OptimizerKind, state_bytes
 
 # Interpreter, torch and transformers on the CPU; driver context and cuBLAS workspace on a GPU. Measured, in bytes.
 _LIBRARIES = {"cpu": 360 << 20, "cuda": 800 << 20}
@@ -120,8 +121,15 @@ class _Request:
     lora: bool
     reference: bool
     checkpointing: bool
+    optimizer: OptimizerKind
+    master_weights: bool
     device: torch.device
     more: tuple[Item, ...] = ()
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of one weight that is trained: adapters are float32 whatever their base is."""
+        return 4 if self.lora else self.dtype_bytes
 
     @property
     def compute_bytes(self) -> int:
@@ -147,11 +155,13 @@ def plan(
     lora: bool = False,
     reference: bool = False,
     checkpointing: bool = False,
+    optimizer: OptimizerKind = "adamw",
+    master_weights: bool = False,
     device: str | torch.device = "cpu",
     available: int | None = None,
     more: tuple[Item, ...] = (),
 ) -> MemoryPlan:
-    """Plan the memory of a run with AdamW.
+    """Plan the memory of a run.
 
     `trainable_parameters` are all of the student's when None, the adapters' with `lora`; `micro_batch_tokens` is the
     token budget of one forward and backward; `max_length` is prompt and response together; `rollout_rows` responses
@@ -173,6 +183,8 @@ def plan(
         lora=lora,
         reference=reference,
         checkpointing=checkpointing,
+        optimizer=optimizer,
+        master_weights=master_weights,
         device=torch.device(device),
         more=more,
     )
@@ -193,13 +205,17 @@ def _need(r: _Request, phase: Phase) -> int:
 def _held(r: _Request) -> Iterable[Item]:
     """What is there from start to end."""
     yield Item("libraries", _LIBRARIES.get(r.device.type, 0), "always", "Python, torch, transformers")
-    weights = r.student.parameters + (r.trainable if r.lora else 0)
+    weights = r.student.parameters
     yield Item("student weights", weights * r.dtype_bytes, "always", f"{weights:,} x {r.dtype_bytes} B")
+    if r.lora:
+        yield Item("adapters", r.trainable * r.trained_bytes, "always", f"{r.trainable:,} x {r.trained_bytes} B")
     if r.autocast:
         products = r.student.parameters - r.student.vocabulary * r.student.width
         yield Item("autocast copies", 2 * products, "always", f"{products:,} weights of matrix products x 2 B")
-    moments = 2 * r.trainable * r.dtype_bytes
-    yield Item("optimizer state", moments, "always", f"AdamW: 2 x {r.trainable:,} x {r.dtype_bytes} B")
+    size, why = state_bytes(r.optimizer, r.trainable, r.trained_bytes, master_weights=r.master_weights)
+    # Paged moments leave the device while it is short of memory.
+    when: Phase = "optimizer step" if r.optimizer.startswith("paged") else "always"
+    yield Item("optimizer state", size, when, why)
     if r.teacher:
         size = r.teacher.parameters * r.teacher_bytes
         yield Item("teacher weights", size, "always", f"{r.teacher.parameters:,} x {r.teacher_bytes} B")
@@ -230,7 +246,7 @@ def _rollout(r: _Request) -> Iterable[Item]:
 
 def _update(r: _Request) -> Iterable[Item]:
     """What forward and backward of one micro-batch need."""
-    yield Item("gradients", r.trainable * r.dtype_bytes, "update", f"{r.trainable:,} x {r.dtype_bytes} B")
+    yield Item("gradients", r.trainable * r.trained_bytes, "update", f"{r.trainable:,} x {r.trained_bytes} B")
     per_layer = activation_bytes(r.student, r.max_length, r.compute_bytes, r.attention_bytes)
     kept = r.student.width * r.compute_bytes
     if r.checkpointing:
@@ -262,9 +278,10 @@ def chunk_bytes(tokens: int, vocabulary: int) -> int:
 
 def _optimizer_step(r: _Request) -> Iterable[Item]:
     """What AdamW's step needs beside its state."""
-    yield Item("gradients", r.trainable * r.dtype_bytes, "optimizer step", f"{r.trainable:,} x {r.dtype_bytes} B")
-    if r.device.type == "cuda":
-        yield Item("multi-tensor AdamW", r.trainable * r.dtype_bytes, "optimizer step", "one temporary per parameter")
+    size = r.trained_bytes
+    yield Item("gradients", r.trainable * size, "optimizer step", f"{r.trainable:,} x {size} B")
+    if r.master_weights and size < 4:
+        yield Item("float32 gradients", 4 * r.trainable, "optimizer step", f"{r.trainable:,} x 4 B")
 
 
 def _advice(made: MemoryPlan, r: _Request) -> Iterable[str]:

@@ -53,7 +53,8 @@ def restore_optimizer(
 ) -> None:
     """Put back what `flatten_optimizer` gave; raises UserError when optimizer, groups or parameters differ.
 
-    Not through `load_state_dict`, which casts float32 moments to the dtype of a bfloat16 parameter.
+    Not through `load_state_dict`, which casts float32 moments to the dtype of a bfloat16 parameter. A tensor that
+    several parameters shared, as the code book of 8-bit moments, is shared again.
     """
     name_of = {parameter: name for name, parameter in names.items()}
     _same("optimizer", [state["optimizer"]], [type(optimizer).__name__])
@@ -71,12 +72,23 @@ def restore_optimizer(
     optimizer.state.clear()
     for name, items in state["values"].items():
         optimizer.state[names[name]] = dict(items)
+    copies: dict[int, Tensor] = {}
     for full, tensor in tensors.items():
         name, key = full.rsplit("|", 1)
         if name in names:
             parameter = names[name]
             device = parameter.device if key != "step" or on_device[parameter] else torch.device("cpu")
-            optimizer.state.setdefault(parameter, {})[key] = tensor.to(device, copy=True)
+            if id(tensor) not in copies:
+                paged = _paged(optimizer, parameter, tensor)
+                copies[id(tensor)] = tensor.to(device, copy=True) if paged is None else paged
+            optimizer.state.setdefault(parameter, {})[key] = copies[id(tensor)]
+
+
+def _paged(optimizer: Any, parameter: Tensor, tensor: Tensor) -> Tensor | None:
+    """A copy in paged memory, of moments that the optimizer keeps there."""
+    if not getattr(optimizer, "is_paged", False) or tensor.shape != parameter.shape:
+        return None
+    return optimizer.get_state_buffer(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 def _same(what: str, saved: list[Any], here: list[Any]) -> None:

@@ -109,10 +109,11 @@ def check_lengths(
 
 def check_numbers(recipe: Recipe) -> list[str]:
     """Notes on the formats that the models compute in."""
-    if recipe.student.dtype == "bfloat16" and recipe.student.lora is None:
+    rounds = recipe.student.dtype == "bfloat16" and recipe.student.lora is None
+    if rounds and not recipe.optimizer.master_weights:
         return [
             "bfloat16 weights round small updates away (a step below 1/256 of a weight is lost); float32 with "
-            "student.autocast=bfloat16, or student.lora, learns at small rates too"
+            "student.autocast=bfloat16, optimizer.master_weights or student.lora learns at small rates too"
         ]
     return []
 

@@ -18,6 +18,7 @@ from kdrl.models.loading import quiet
 from kdrl.models.scratch import character_tokenizer, new_model_config
 from kdrl.models.sources import explain, find_origin
 from kdrl.objectives.objective import Objective
+from kdrl.optimizers import state_bytes
 from kdrl.recipe import Recipe
 from kdrl.teachers.checks import asked_models, same_model, section_of, shares_student
 from kdrl.teachers.config import TeacherConfig
@@ -49,11 +50,22 @@ def _longest(recipe: Recipe) -> int:
 
 
 def _look_ahead(recipe: Recipe, trainable: int) -> tuple[Item, ...]:
-    """Weights and moments from before a look-ahead."""
+    """Weights and optimizer state from before a look-ahead."""
     if not recipe.optimizer.extragradient:
         return ()
-    size = _BYTES[recipe.student.dtype]
-    return (Item("before the look-ahead", 3 * trainable * size, "always", f"3 x {trainable:,} x {size} B"),)
+    size = _trained_bytes(recipe)
+    state, why = _optimizer_state(recipe, trainable)
+    return (Item("before the look-ahead", trainable * size + state, "always", f"weights, {why}"),)
+
+
+def _trained_bytes(recipe: Recipe) -> int:
+    """Bytes of a weight that is trained: adapters are float32 whatever their base is."""
+    return 4 if recipe.student.lora is not None else _BYTES[recipe.student.dtype]
+
+
+def _optimizer_state(recipe: Recipe, trainable: int) -> tuple[int, str]:
+    config = recipe.optimizer
+    return state_bytes(config.kind, trainable, _trained_bytes(recipe), master_weights=config.master_weights)
 
 
 def _teacher_cache(recipe: Recipe, teacher: ModelShape | None, rows: int) -> tuple[Item, ...]:
@@ -135,6 +147,8 @@ def memory_plan(recipe: Recipe) -> MemoryPlan:
         lora=lora is not None,
         reference=lora is None and any(t.needs.reference for t in objective.terms),
         checkpointing=recipe.student.gradient_checkpointing,
+        optimizer=recipe.optimizer.kind,
+        master_weights=recipe.optimizer.master_weights,
         device=device,
         more=_look_ahead(recipe, trainable)
         + tuple(_further(recipe, teachers[1:], tokens))

@@ -20,6 +20,7 @@ from kdrl.models.config import ModelConfig
 from kdrl.objectives.schedules import Schedule
 from kdrl.objectives.scores import Score
 from kdrl.objectives.terms import TERMS, ScheduleField, TermConfig
+from kdrl.optimizers import OptimizerKind
 from kdrl.overrides import assign, parse_override
 from kdrl.plugins import load_plugins
 from kdrl.problems import explain_validation
@@ -110,6 +111,12 @@ class RolloutConfig(Config):
 class OptimizerConfig(Config):
     """AdamW and what surrounds it."""
 
+    kind: OptimizerKind = "adamw"
+    """`adamw` is fused; of bitsandbytes (extra `gpu`): `adamw_8bit` holds moments in 8 bits, a quarter of the memory,
+    and `paged_adamw_32bit` and `paged_adamw_8bit` have them paged out where a GPU is short of memory."""
+    master_weights: bool = False
+    """Step on float32 copies of bfloat16 weights, so that small updates add up; 4 bytes a weight, and float32 moments.
+    """
     lr: ScheduleField = Field(default_factory=lambda: Schedule(1.0e-6))
     """Learning rate: a number or a schedule such as {cosine: {from: 1e-4, to: 0}}."""
     warmup: int = Field(default=0, ge=0)
