@@ -23,8 +23,9 @@ from kdrl.teachers.config import SelfTeacherConfig
 DOT = "·"
 PLAIN = {"forward_kl": "p||q", "reverse_kl": "q||p", "tv": "TV", "rank": "rank"}
 SIGNS = {"cross_entropy": "-log q", "policy_gradient": "reward", "entropy": "-H(q)", "chunk_kl": "q||p"}
-SIGNS |= {"sorted_distill": "sorted L1", "group_distill": "J(0.5) + sorted L1"}
+SIGNS |= {"sorted_distill": "sorted L1", "group_distill": "J(0.5) + sorted L1", "multilevel_distill": "L1 + Sinkhorn"}
 VOCABULARY = {"chunk_kl": "chunk", "overlap_distill": "overlap", "sorted_distill": "sort", "group_distill": "group"}
+VOCABULARY |= {"multilevel_distill": "sort + ot"}
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,11 @@ class Term(Generic[ConfigT]):
         """Whether a token's loss depends on every token of its response, kept by the mask or not."""
         return False
 
+    @property
+    def compared(self) -> bool:
+        """Whether `compare` gives the per-token loss itself, with the term's scale, and the masses that it saw."""
+        return self.needs.teacher == "distribution"
+
     def couple(self, view: TokenView) -> Tensor:
         """Data `[N]` or `[N, k]` for every micro-batch's `view.coupled_N`, from all rows of the step (no gradient)."""
         raise TypeError(f"{self.name} looks at each response alone")

@@ -180,7 +180,7 @@ def weighted_loss(active: Active, view: TokenView, weight_M: Tensor) -> Tensor:
     Tokens of zero weight are left out, not multiplied by zero: a log-prob of -inf there must not make NaN.
     """
     loss_M = active.term.loss(view)
-    if active.term.needs.teacher != "distribution" and active.term.config.scale.constant != 1.0:
+    if not active.term.compared and active.term.config.scale.constant != 1.0:
         # A term over distributions has applied its scale where it had them.
         loss_M = loss_M * column(active.term.config.scale(view_tokens(view)), loss_M)
     return torch.where(weight_M != 0, loss_M * weight_M, 0.0).sum()

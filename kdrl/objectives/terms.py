@@ -10,7 +10,9 @@ from kdrl.objectives.likelihood import CrossEntropy, EntropyBonus, ReferenceKL, 
 from kdrl.objectives.policy_gradient import PolicyGradient, PolicyGradientConfig, TeacherAnchor
 from kdrl.objectives.preference import Preference, PreferenceConfig
 from kdrl.objectives.returns import SequenceKL, SequenceKLConfig
-from kdrl.vocab.terms import ChunkDistill, ChunkKL, GroupDistill, OverlapDistill, SortedDistill, VocabTerm
+from kdrl.vocab.likelihood import ChunkDistill
+from kdrl.vocab.multilevel import MultilevelDistill
+from kdrl.vocab.terms import ChunkKL, GroupDistill, OverlapDistill, SortedDistill, VocabTerm
 
 __all__ = [
     "TERMS",
@@ -24,6 +26,7 @@ __all__ = [
     "EntropyBonus",
     "FeatureTerm",
     "GroupDistill",
+    "MultilevelDistill",
     "Needs",
     "OverlapDistill",
     "PolicyGradient",

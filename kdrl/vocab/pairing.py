@@ -8,6 +8,7 @@ from functools import partial
 from kdrl.errors import UserError
 from kdrl.models import LoadedModel
 from kdrl.objectives.objective import Objective
+from kdrl.objectives.terms import VocabTerm
 from kdrl.recipe import Recipe
 from kdrl.tasks import Problem
 from kdrl.teachers.base import Teacher
@@ -82,5 +83,6 @@ def reading(
     """The teacher as its terms read it: in its own tokens where all of them go by chunks."""
     if not in_chunks(objective, name):
         return teacher
+    asking = [t for t in objective.terms if isinstance(t, VocabTerm) and teacher_of(t) == name]
     # Without a model of its own it is the student's base.
-    return VocabTeacher(teacher, Vocabularies(student, loaded or student))
+    return VocabTeacher(teacher, Vocabularies(student, loaded or student), spaces=any(t.spaces for t in asking))

@@ -102,6 +102,11 @@ class Pieces:
                 found.setdefault(piece, index)
         return found
 
+    @cached_property
+    def beginning(self) -> list[int]:
+        """Tokens that begin a new word: those with a space, tab or newline in front, and special ones."""
+        return sorted(i for i, piece in self.of_id.items() if piece is None or piece[:1] in (b" ", b"\t", b"\n"))
+
     def of(self, ids: Sequence[int]) -> list[bytes | None]:
         """The bytes of each token, None for a special one or one beyond the vocabulary."""
         return [self.of_id.get(index) for index in ids]

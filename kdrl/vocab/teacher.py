@@ -18,6 +18,7 @@ from torch import Tensor
 from kdrl.batch import Response, Rollouts
 from kdrl.errors import UserError
 from kdrl.models import LoadedModel, encode_prompt
+from kdrl.objectives.head import chunks
 from kdrl.objectives.objective import Active
 from kdrl.objectives.scores import Tokens
 from kdrl.teachers.base import Evidence, Given, Gives, Need, Teacher
@@ -36,13 +37,19 @@ class Reading:
 
 
 class Vocabularies:
-    """Two models' tokenizers side by side; `shared_2K` are ids of student and teacher that stand for the same text."""
+    """Two models' tokenizers side by side; `shared_2K` are ids of student and teacher that stand for the same text,
+    `beginning` those of each that begin a word.
+    """
 
     def __init__(self, student: LoadedModel, teacher: LoadedModel) -> None:
         self.student, self.teacher = student, teacher
         self.mine, self.theirs = pieces_of(student.tokenizer, "student"), pieces_of(teacher.tokenizer, "teacher")
         common = self.mine.by_bytes.keys() & self.theirs.by_bytes.keys()
         pairs = sorted((self.mine.by_bytes[piece], self.theirs.by_bytes[piece]) for piece in common)
+        # Rows beyond the tokenizer's are cut off in both heads.
+        sizes = (student.vocab_size, teacher.vocab_size)
+        each = zip((self.mine, self.theirs), sizes, strict=True)
+        self.beginning = [[i for i in pieces.beginning if i < size] for pieces, size in each]
         self.shared_2K = torch.tensor([*pairs, (student.eos_ids[0], teacher.eos_ids[0])]).T.contiguous()
 
     def read(self, token_ids: Sequence[int], room: float = math.inf) -> Reading:
@@ -112,6 +119,7 @@ class VocabEvidence(Evidence):
     inner: Evidence | None = None
     chunks: Mapping[str, Tensor] = field(default_factory=dict)
     shared_2K: Tensor | None = None
+    spaces_K: Tensor | None = None
 
     @property
     def columns(self) -> Mapping[str, Tensor]:
@@ -135,14 +143,18 @@ class VocabEvidence(Evidence):
 
     def _tokens(self, index_C: Tensor, logq_CV: Tensor, given: Given) -> Tokens:
         given = replace(given, data={**given.data, **self.columns})
-        return VocabTokens(**vars(super()._tokens(index_C, logq_CV, given)), shared_2K=self.shared_2K)
+        plain = vars(super()._tokens(index_C, logq_CV, given))
+        return VocabTokens(**plain, shared_2K=self.shared_2K, spaces_K=self.spaces_K)
 
 
 class VocabTeacher:
-    """`inner` asked about responses in its own tokens; only terms that know of chunks can read its answers."""
+    """`inner` asked about responses in its own tokens; only terms that know of chunks can read its answers.
 
-    def __init__(self, inner: Teacher, vocabularies: Vocabularies) -> None:
-        self.inner, self.vocabularies = inner, vocabularies
+    With `spaces` it is also asked how likely a new word begins at each chunk, where it gives its distribution.
+    """
+
+    def __init__(self, inner: Teacher, vocabularies: Vocabularies, *, spaces: bool = False) -> None:
+        self.inner, self.vocabularies, self.spaces = inner, vocabularies, spaces
         self._last: tuple[Rollouts, Aligned] | None = None
 
     @property
@@ -205,15 +217,30 @@ class VocabTeacher:
         rest_C = sum_C - inner.logp_N[found.first_C]
         scored_N = wanted_C[found.chunk_N]
         chunk_N = torch.where(scored_N, found.chunk_N, -1)
+        columns = {**found.columns, "chunk_rest": _at(rest_C, chunk_N)}
+        if self.spaces and inner.head is not None:
+            columns["chunk_space"] = _at(self._begins(inner, found.first_C, wanted_C[:-1]), chunk_N)
         return VocabEvidence(
             logp_N=_at(sum_C / found.size_C.clamp(min=1), chunk_N),
             where_N=torch.where(scored_N, _at(found.first_C, chunk_N), -1),
             calls=inner.calls,
             temperature=temperature,
             inner=inner,
-            chunks={**found.columns, "chunk_rest": _at(rest_C, chunk_N)},
+            chunks=columns,
             shared_2K=self.vocabularies.shared_2K.to(keep_N.device),
+            spaces_K=torch.tensor(self.vocabularies.beginning[0], device=keep_N.device),
         )
+
+    def _begins(self, inner: Evidence, first_C: Tensor, wanted_C: Tensor) -> Tensor:
+        """The teacher's log-prob that a new word begins, at the first token of each wanted chunk `[C]`."""
+        mine = torch.tensor(self.vocabularies.beginning[1], device=first_C.device)
+        index = wanted_C.nonzero().squeeze(1)
+        out_C = inner.logp_N.new_zeros(len(first_C))
+        assert inner.head is not None
+        for part in chunks(len(index), inner.head.vocab_size):
+            logp_KV = inner.logp(first_C[index[part]], out_C)
+            out_C[index[part]] = logp_KV[:, mine].logsumexp(-1).clamp(max=0.0)
+        return out_C
 
 
 def _lay_chunks(rollouts: Rollouts, rows: Sequence[tuple[int, Response, Reading]], lost: int) -> Aligned:

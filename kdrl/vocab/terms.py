@@ -1,8 +1,8 @@
 """Distillation from a teacher with another tokenizer: by chunks of text, by the tokens that both have, or by rank.
 
 A chunk's R = log p(chunk) - log q(chunk) needs log-probs of the written tokens alone; the others need distributions,
-which stand for each other only where both models have read the same text: at the first token of a chunk. Left out:
-ALM's outcome debiasing and bias threshold, MultiLevelOT's order over a sequence, projections (DSKD, NeMo-RL).
+which stand for each other only where both models have read the same text: at the first token of a chunk. The likelihood
+of chunks (ALM) is in `likelihood`, MultiLevelOT in `multilevel`, DSKD in `dual`. Left out: NeMo-RL's projection matrix.
 """
 
 from __future__ import annotations
@@ -24,18 +24,16 @@ from kdrl.objectives.scores import Tokens, column
 from kdrl.objectives.specs import Divergence
 from kdrl.objectives.support_specs import Estimator, Support
 
-# A chunk that is certain leaves its complement no probability; nearer than this the complement is taken as this.
-LEAST = 1.0e-12
-
 
 @dataclass(frozen=True)
 class VocabTokens(Tokens):
     """What a comparison sees of tokens whose teacher has another vocabulary, `logp_CV` over that.
 
-    `shared_2K` are ids of student and teacher that stand for the same text.
+    `shared_2K` are ids of student and teacher that stand for the same text, `spaces_K` the student's that begin a word.
     """
 
     shared_2K: Tensor | None = None
+    spaces_K: Tensor | None = None
 
 
 class VocabConfig(TermConfig):
@@ -80,6 +78,8 @@ class VocabTerm(Term[ConfigT], Generic[ConfigT]):
     family = "kd"
     joined = False
     """Whether the tokens of a chunk must be compared together."""
+    spaces = False
+    """Whether the term asks how likely a new word begins at each chunk."""
 
     def usable_N(self, columns: Mapping[str, Tensor]) -> Tensor:
         """Tokens of chunks that the term's loss stands at, bool `[N]`."""
@@ -147,64 +147,6 @@ class ChunkKL(VocabTerm[ChunkKLConfig]):
             rho_N = chunk_sums(rho_N.log(), chunk_N).exp().to(logq_N.dtype)
         support = Support.model_validate({"token": self.config.estimator})
         return token_loss(support, view.logq_N, logq_N + ratio_N.to(logq_N.dtype), self.config.clamp, rho_N)
-
-
-class ChunkDistillConfig(OverlapConfig):
-    """A divergence between how likely teacher and student find each chunk of text."""
-
-    divergence: Divergence = Divergence(kind="forward_kl")
-    """Of the two outcomes `this chunk` and `anything else`: forward_kl, reverse_kl, tv, {jsd: b} and the others."""
-    tau: float | Literal["inf"] = 100.0
-    """Log-likelihoods are divided by it first; inf is the limit of tau times the loss, A log(A/B) - A + B of the
-    surprisals A and B (forward_kl alone). The gradient falls as 1/tau, but for inf."""
-
-    @model_validator(mode="after")
-    def _check_tau(self) -> ChunkDistillConfig:
-        if self.divergence.kind in ("pair", "preference"):
-            raise ValueError(f"{self.divergence.kind} compares tokens of one vocabulary, and a chunk is one outcome")
-        if self.tau != "inf" and self.tau <= 0.0:
-            raise ValueError("tau divides log-likelihoods and must be above 0 (1 for plain probabilities, 100 in ALM)")
-        if self.tau == "inf" and self.divergence.kind != "forward_kl":
-            raise ValueError("tau: inf is the limit of forward_kl; give a number for another divergence")
-        return self
-
-
-def with_complement(log_chance: Tensor) -> Tensor:
-    """Log-probs `[..., 2]` of an event and of its not happening."""
-    log_chance = log_chance.clamp(max=-LEAST)
-    return torch.stack([log_chance, torch.log(-torch.expm1(log_chance))], -1)
-
-
-@TERMS.add("chunk_distill")
-class ChunkDistill(VocabTerm[ChunkDistillConfig]):
-    """Approximate likelihood matching (ALM, 2503.20083): how likely is this chunk of text to both?
-
-    The loss stands at a chunk's first token, so that every chunk counts once. For chunks of one token at tau 1 it is
-    DKD's target part for the written token. Left out: outcome debiasing, the bias threshold, hidden states.
-    """
-
-    name, Config = "chunk_distill", ChunkDistillConfig
-
-    @property
-    def needs(self) -> Needs:
-        """Teacher log-probs of what was written."""
-        return Needs(teacher="token", vocabulary=True)
-
-    def usable_N(self, columns: Mapping[str, Tensor]) -> Tensor:
-        """The first token of each chunk."""
-        return columns["chunk_first"]
-
-    def loss(self, view: TokenView) -> Tensor:
-        """The divergence of the two-outcome distributions, at a chunk's first token."""
-        assert view.teacher_N is not None
-        p_N, q_N = (chunk_sums(finite(x), view.data["chunk"]) for x in (view.teacher_N, view.logq_N))
-        if self.config.tau == "inf":
-            a_N, b_N = (-x.clamp(max=-LEAST) for x in (p_N, q_N))
-            loss_N = a_N * (a_N / b_N).log() - a_N + b_N
-        else:
-            two_p, two_q = (with_complement(x / self.config.tau) for x in (p_N, q_N))
-            loss_N = divergence_of(self.config.divergence, two_p, two_q, view.moment)
-        return torch.where(view.data["chunk_first"], loss_N, 0.0).to(view.logq_N.dtype)
 
 
 class Distributions(VocabTerm[ConfigT], Generic[ConfigT]):

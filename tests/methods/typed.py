@@ -47,6 +47,12 @@ OBJECTIVES: dict[str, list[dict[str, Any]]] = {
         }},
     ],
     "alm": [{"chunk_distill": {"divergence": "forward_kl", "tau": 100.0, "reduce": "token_global"}}],
+    "alm-debiased": [{"chunk_distill": {
+        "divergence": "forward_kl", "tau": 100.0, "debias": True, "threshold": 0.1, "reduce": "token_global",
+    }}],
+    "multilevelot": [{"cross_entropy": {}}, {"multilevel_distill": {
+        "top": 50, "cross": 0.1, "transport": 1.0e-4, "weight": 1.5, "reduce": "sequence_mean",
+    }}],
     "gold": [{"group_distill": {
         "divergence": {"jsd": {"beta": 0.5, "scale": "paper"}}, "skip_eos": True, "reduce": "sequence_mean",
     }}],
@@ -88,7 +94,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "plad": {"source": PAIRS, "rollout": {"prompts": 32, "group": 1}},
     "dpkd-sequence": {"source": PAIRS, "rollout": {"prompts": 32, "group": 1}},
     "redi": {"source": {"traces": {"path": "traces.jsonl", "take": "pair"}}, "rollout": {"prompts": 32, "group": 2}},
-    **{name: {"source": "gold"} for name in ("alm", "simple-ctkd", "uld")},
+    **{name: {"source": "gold"} for name in ("alm", "alm-debiased", "multilevelot", "simple-ctkd", "uld")},
     **{name: {"source": "gold", "rollout": {"group": 1}} for name in ("align-to-distill", "nd", "tinybert", "vkd")},
     "qat-kd": {"source": "gold", "student": {"quantise": {"bits": 4}}, "rollout": {"group": 1}},
     "gold": {"source": {"mixture": 0.5}, "rollout": {"group": 1}},

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdrl.batch import Response, Rollouts
 from kdrl.models import LoadedModel, ModelConfig, NewModel, encode_prompt, load_model
+from kdrl.objectives.blocks import block_ids
 from kdrl.objectives.objective import token_data
 from kdrl.objectives.schedules import Moment
 from kdrl.tasks import Problem
@@ -66,8 +67,8 @@ def written(student: LoadedModel, texts: Sequence[str] = TEXTS, origin: Any = "s
     return out
 
 
-def teacher_of(student: LoadedModel, teacher: LoadedModel) -> VocabTeacher:
-    return VocabTeacher(LocalTeacher(teacher, 4096), Vocabularies(student, teacher))
+def teacher_of(student: LoadedModel, teacher: LoadedModel, *, spaces: bool = False) -> VocabTeacher:
+    return VocabTeacher(LocalTeacher(teacher, 4096), Vocabularies(student, teacher), spaces=spaces)
 
 
 def scored(
@@ -97,7 +98,8 @@ def scored(
         None,
         temperature,
         token_data(rollouts),
-        blocks=chunk_blocks(active, evidence),
+        blocks={a.name: block_ids(a.keep_N, rollouts.row_N, a.term.block) for a in active if a.term.block}
+        | chunk_blocks(active, evidence),
     )
 
 

@@ -137,13 +137,16 @@ def test_the_note_on_two_vocabularies(student: LoadedModel, teacher: LoadedModel
     assert f"{Vocabularies(student, teacher).shared_2K.shape[1]} of {student.vocab_size} student" in note
 
 
-@pytest.mark.parametrize("name", ["alm", "kdrl-chunk", "simple-ctkd", "uld", "gold"])
+METHODS = ["alm", "alm-debiased", "kdrl-chunk", "simple-ctkd", "uld", "multilevelot", "gold"]
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_another_teacher_is_another_gradient(name: str, student: LoadedModel, teacher: LoadedModel):
     entries = get_method(name).recipe["objective"]
     responses = written(student) + written(student, origin="gold")
 
     def slope(seed: int) -> torch.Tensor:
-        pair = teacher_of(student, model_of("characters", seed))
+        pair = teacher_of(student, model_of("characters", seed), spaces=True)
         return gradient(student, scored(student, pair, responses, entries))
 
     one, again, two = slope(2), slope(2), slope(3)
@@ -168,7 +171,7 @@ def recipe_of(world: Path, method: str | None = "kdrl-chunk", **change: Any) -> 
     return merge(raw_recipe(world, method, **base), change)
 
 
-@pytest.mark.parametrize("name", ["alm", "kdrl-chunk", "simple-ctkd", "uld", "gold"])
+@pytest.mark.parametrize("name", METHODS)
 def test_two_steps_with_a_teacher_of_another_tokenizer(name: str, world: Path, tmp_path: Path):
     run(recipe_of(world, name, rollout={"group": 4} if name == "kdrl-chunk" else {}), tmp_path / "run")
     rows = rows_of(tmp_path / "run")
