@@ -16,6 +16,7 @@ from kdrl.objectives.scores import Tokens
 from kdrl.objectives.terms import Distill
 from kdrl.teachers import Evidence, Teacher
 from kdrl.teachers.base import Given
+from kdrl.teachers.served import ServedTeacher
 from kdrl.trainer import Parts, Phases, Trainer
 from kdrl.update import Scored, Tally
 from kdrl.vocab.teacher import VocabTeacher
@@ -133,9 +134,14 @@ def _gap(parts: Parts, scored: Scored, name: str, teacher: Teacher, logq_N: Tens
     beyond = float((ratio_N.abs() > (bounds[0] if bounds else 10.0)).double().mean())
     gap = Gap(float(ratio_N.mean()), float(ratio_N.abs().mean()), beyond)
     need = "distribution" if teacher.gives.distribution else "few" if teacher.gives.topk else "token"
+    if isinstance(teacher, ServedTeacher):
+        teacher = teacher.giving(TOP)
     if need == "token":
         return gap
-    whole = teacher.score(scored.rollouts, keep_N, need, scored.temperature)
+    try:
+        whole = teacher.score(scored.rollouts, keep_N, need, scored.temperature)
+    except UserError:
+        return gap  # from a server that gives as many likeliest tokens as terms ask, and not as many as are looked at
     top = min(TOP, parts.student.vocab_size, TOP if whole.few is None else whole.few.ids_NK.shape[1])
     return replace(
         gap,

@@ -111,6 +111,17 @@ def _filtered_draw(prob_RV: Tensor, uniform_R1: Tensor, options: SamplingOptions
     return index_RK.gather(-1, inverse_cdf(kept_RK, uniform_R1))
 
 
+def prompt_keys(prompts: Sequence[Sequence[int]]) -> list[tuple[str, int]]:
+    """A hash of each prompt's tokens, and which occurrence of that prompt it is."""
+    seen: dict[str, int] = {}
+    found = []
+    for prompt in prompts:
+        key = hashlib.sha256(array("q", prompt).tobytes()).hexdigest()
+        seen[key] = seen.get(key, -1) + 1
+        found.append((key, seen[key]))
+    return found
+
+
 def draw_uniforms(prompts: Sequence[Sequence[int]], samples: int, length: int, seed: int) -> Tensor:
     """Uniforms [prompt, sample, position] in [0, 1), float32, a function of (seed, prompt tokens, sample) alone.
 
@@ -118,13 +129,10 @@ def draw_uniforms(prompts: Sequence[Sequence[int]], samples: int, length: int, s
     The n-th occurrence of a repeated prompt has draws of its own.
     """
     uniform = torch.empty(len(prompts), samples, length)
-    seen: dict[bytes, int] = {}
     generator = torch.Generator()
-    for i, prompt in enumerate(prompts):
-        key = hashlib.sha256(array("q", prompt).tobytes()).digest()
-        occurrence = seen[key] = seen.get(key, -1) + 1
+    for i, (key, occurrence) in enumerate(prompt_keys(prompts)):
         for j in range(samples):
-            generator.manual_seed(derive(seed, "samples", key.hex(), occurrence, j))
+            generator.manual_seed(derive(seed, "samples", key, occurrence, j))
             torch.rand(length, generator=generator, out=uniform[i, j])
     return uniform
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from kdrl.engines.base import Sample
+from kdrl.engines.sampling import prompt_keys
 from kdrl.errors import UserError
 from kdrl.models import LoadedModel, encode_prompt
 from kdrl.models.loading import load_without_weights
+from kdrl.seeds import derive
 from kdrl.sources.text import TeacherSource, encoded_text
 from kdrl.tasks import Problem
 from kdrl.teachers.client import UnusableError
@@ -37,7 +39,7 @@ class ServedEngine:
     """An engine whose model is a served teacher; `reader` is how its text is read and written.
 
     `problems` are those whose prompts it may be given: the chat API takes messages and not tokens. A prompt's seed
-    follows from the call's, so that vLLM writes the same again; other servers may not.
+    follows from the call's and its tokens, so that vLLM writes the same again; other servers may not.
     """
 
     def __init__(self, teacher: ServedTeacher, reader: LoadedModel, problems: Sequence[Problem] = ()) -> None:
@@ -73,9 +75,8 @@ class ServedEngine:
         elif top_k:
             raise UserError(f"top_k is no option of api {self.api}; set it to 0, or serve the teacher for api tokens.")
         bodies = [
-            # vLLM adds a sample's number to the seed.
-            body | {"seed": (seed + i * samples) % _LARGEST_SEED} | self._asked(list(prompt))
-            for i, prompt in enumerate(prompts)
+            body | {"seed": derive(seed, "served", *key) % _LARGEST_SEED} | self._asked(list(prompt))
+            for key, prompt in zip(prompt_keys(prompts), prompts, strict=True)
         ]
         path = "/v1/chat/completions" if self.api == "chat" else "/v1/completions"
         return self.teacher.client.map(path, bodies, lambda answer, i: self._read(answer, samples, max_new_tokens))

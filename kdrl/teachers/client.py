@@ -1,7 +1,8 @@
 """Requests to replicas of one server: many at a time, repeated where that may help, answered in the order asked.
 
 A replica that cannot be reached is left alone for a while and tried again; pauses double and hold no chance, so a run
-does the same each time. Left out: proxies of the environment, streaming.
+does the same each time. Proxies that the environment names are not used: most teachers are on this machine or the next,
+which a proxy cannot reach. Left out: streaming.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Client:
             told = "; ".join(f"{r.url}: {r.why}" for r in self.replicas)
             raise UserError(
                 f"no teacher server answers ({told}). Start one with `kdrl serve-teacher MODEL`, or mend "
-                "teacher.served.urls."
+                f"teacher.served.urls.{_unused_proxy()}"
             )
         return found
 
@@ -307,6 +308,16 @@ def _key_header(config: ServedConfig) -> dict[str, str]:
             f"server's API key into it, as in `export {config.key_env}=...`."
         )
     return {"Authorization": f"Bearer {key}"}
+
+
+def _unused_proxy() -> str:
+    """What to know where the environment names a proxy and no server answers."""
+    named = next((name for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY") if _environment(name)), None)
+    return f" (The proxy that {named} names is not used: the server must be reachable directly.)" if named else ""
+
+
+def _environment(name: str) -> str:
+    return os.environ.get(name, "") or os.environ.get(name.lower(), "")
 
 
 def _reason(error: Exception) -> str:

@@ -1,11 +1,13 @@
 """A teacher on a server (vLLM's OpenAI-compatible API): token ids in, log-probs of the response's tokens out.
 
-The server's softmax runs over all rows of its head, the local one over the tokenizer's; padding rows make a difference
-of the mass they hold. Left out: whole distributions, log-probs of a text (that would be tokenised twice).
+Padding rows of its vocabulary are left out of its likeliest tokens. Its softmax runs over all rows of its head, the
+local one over the tokenizer's, which makes a difference of the mass on padding rows. Left out: whole distributions,
+log-probs of a text (that would be tokenised twice).
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from kdrl.teachers.base import Evidence, Gives, Need
 from kdrl.teachers.client import Client, UnusableError
 from kdrl.teachers.served_config import ServedConfig
 
+log = logging.getLogger("kdrl")
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -33,11 +37,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Scores:
-    """One response's answer: the sampled token's log-prob at each place, and the likeliest tokens in falling order."""
+    """One response's answer: the sampled token's log-prob at each place, and the likeliest tokens in falling order.
+
+    `padded` padding rows stood among the likeliest of a place, which so has fewer than were asked.
+    """
 
     logp: list[float]
     ids: list[list[int]]
     top: list[list[float]]
+    padded: int = 0
 
 
 class ServedTeacher:
@@ -50,6 +58,7 @@ class ServedTeacher:
 
     def __init__(self, client: Client, name: str, vocab_size: int, k: int = 0, context: int | None = None) -> None:
         self.client, self.name, self.vocab_size, self.k, self.context = client, name, vocab_size, k, context
+        self._spare = 0
 
     @property
     def config(self) -> ServedConfig:
@@ -60,6 +69,11 @@ class ServedTeacher:
     def gives(self) -> Gives:
         """Log-probs of tokens and the likeliest ones; of a text-only API nothing."""
         return Gives(distribution=False, topk=self.config.top_k or self.vocab_size)
+
+    def giving(self, k: int) -> ServedTeacher:
+        """The same teacher, asked for `k` likeliest tokens at least, or as many as it may be asked."""
+        most = max(self.k, min(k, self.gives.topk))
+        return ServedTeacher(self.client, self.name, self.vocab_size, most, self.context)
 
     def score(self, rollouts: Rollouts, keep_N: Tensor, need: Need, temperature: float) -> Evidence:
         """Log-probs of the kept tokens, and with need `few` the `k` likeliest of each; other responses are not sent."""
@@ -82,12 +96,30 @@ class ServedTeacher:
         return Evidence(logp_N, where_N, len(asked), temperature=temperature, few=few)
 
     def ask(self, asked: Sequence[Asked], k: int, temperature: float) -> list[Scores]:
-        """Scores of texts, `config.batch` in one request."""
-        size = self.config.batch
+        """Scores of texts, `config.batch` in one request; asked again for more where padding rows took places."""
+        found = self._ask(asked, k, temperature)
+        while short := [i for i, scores in enumerate(found) if scores.padded]:
+            if not self._spare:
+                log.warning("rows of the served teacher's vocabulary beyond the tokenizer's are left out")
+            self._spare = max(self._spare + 1, *(found[i].padded for i in short))
+            try:
+                again = self._ask([asked[i] for i in short], k, temperature)
+            except UserError as error:
+                raise UserError(
+                    f"padding rows of the served teacher's vocabulary are among its {k} likeliest tokens, and it does "
+                    f"not give {k + self._spare}: {error} Start it with --max-logprobs {k + 2 * self._spare} (`kdrl "
+                    f"serve-teacher MODEL --top-k {k + 2 * self._spare}`), or lower K in support: {{topk: K}}."
+                ) from None
+            for i, scores in zip(short, again, strict=True):
+                found[i] = scores
+        return found
+
+    def _ask(self, asked: Sequence[Asked], k: int, temperature: float) -> list[Scores]:
+        size, wanted = self.config.batch, k + self._spare if k else 0
         packs = [asked[i : i + size] for i in range(0, len(asked), size)]
-        bodies = [self._body([a.ids for a in pack], k, temperature) for pack in packs]
+        bodies = [self._body([a.ids for a in pack], wanted, temperature) for pack in packs]
         found = self.client.map(
-            "/v1/completions", bodies, lambda answer, i: read_scores(answer, packs[i], k, self.vocab_size)
+            "/v1/completions", bodies, lambda answer, i: read_scores(answer, packs[i], k, wanted, self.vocab_size)
         )
         return [scores for pack in found for scores in pack]
 
@@ -120,15 +152,18 @@ def _asked(rollouts: Rollouts, keep_N: Tensor) -> list[Asked]:
     return found
 
 
-def read_scores(answer: Any, asked: Sequence[Asked], k: int, vocab_size: int) -> list[Scores]:
-    """The scores in a server's answer to a batch; UnusableError for another shape, UserError for a wrong server."""
+def read_scores(answer: Any, asked: Sequence[Asked], k: int, wanted: int, vocab_size: int) -> list[Scores]:
+    """The scores in a server's answer to a batch; UnusableError for another shape, UserError for a wrong server.
+
+    `wanted` likeliest tokens were asked so that `k` of them are below `vocab_size`.
+    """
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
     if [c["index"] for c in choices] != list(range(len(asked))):
         raise UnusableError(f"{len(choices)} answers to {len(asked)} responses")
-    return [_read_one(choice, each, k, vocab_size) for choice, each in zip(choices, asked, strict=True)]
+    return [_read_one(choice, each, k, wanted, vocab_size) for choice, each in zip(choices, asked, strict=True)]
 
 
-def _read_one(choice: Any, asked: Asked, k: int, vocab_size: int) -> Scores:
+def _read_one(choice: Any, asked: Asked, k: int, wanted: int, vocab_size: int) -> Scores:
     rows = choice.get("prompt_logprobs")
     if rows is None:
         raise UserError(
@@ -137,7 +172,7 @@ def _read_one(choice: Any, asked: Asked, k: int, vocab_size: int) -> Scores:
         )
     if len(rows) != len(asked.ids):
         raise UnusableError(f"log-probs of {len(rows)} tokens for a text of {len(asked.ids)}")
-    out = Scores([], [], [])
+    logp, ids, top, padded = [], [], [], 0
     for place in asked.places:
         entries = {int(token): float(entry["logprob"]) for token, entry in rows[place].items()}
         if not all(math.isfinite(logp) for logp in entries.values()):
@@ -147,22 +182,19 @@ def _read_one(choice: Any, asked: Asked, k: int, vocab_size: int) -> Scores:
                 "the teacher server gives numbers above 0 for log-probs: it runs with --logprobs-mode raw_logits or "
                 "processed_logits; start it without."
             )
-        out.logp.append(entries[asked.ids[place]])
+        logp.append(entries[asked.ids[place]])
         if k:
-            _add_top(out, entries, k, vocab_size)
-    return out
+            likeliest = _likeliest(entries, wanted)
+            real = [item for item in likeliest if item[0] < vocab_size][:k]
+            padded = max(padded, wanted - len(real) if len(real) < k else 0)
+            ids.append([token for token, _ in real])
+            top.append([each for _, each in real])
+    return Scores(logp, ids, top, padded)
 
 
-def _add_top(out: Scores, entries: dict[int, float], k: int, vocab_size: int) -> None:
-    # The sampled token stands beside the k likeliest when it is none of them. Equal ones go by their number.
-    top = sorted(entries.items(), key=lambda item: (-item[1], item[0]))[:k]
-    if len(top) < k:
-        raise UnusableError(f"{len(top)} likeliest tokens instead of {k}")
-    if any(token >= vocab_size for token, _ in top):
-        raise UserError(
-            f"the served teacher holds a padding row of its vocabulary (token {max(t for t, _ in top)}; the tokenizer "
-            f"has {vocab_size}) for one of its {k} likeliest tokens, and the student cannot follow; ask for fewer, or "
-            "use support: {token: k2}."
-        )
-    out.ids.append([token for token, _ in top])
-    out.top.append([logp for _, logp in top])
+def _likeliest(entries: dict[int, float], wanted: int) -> list[tuple[int, float]]:
+    # The sampled token stands beside the likeliest when it is none of them. Equal ones go by their number.
+    found = sorted(entries.items(), key=lambda item: (-item[1], item[0]))[:wanted]
+    if len(found) < wanted:
+        raise UnusableError(f"{len(found)} likeliest tokens instead of {wanted}")
+    return found

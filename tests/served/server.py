@@ -109,9 +109,10 @@ class ToyServer(ThreadingHTTPServer):
         return {"index": index, "text": "", "prompt_logprobs": rows, "finish_reason": "length"}
 
     def write(self, prompt: list[int], body: dict[str, Any], chat: bool) -> list[dict[str, Any]]:
-        engine = TorchEngine(self.loaded, 64)
+        engine = TorchEngine(self.loaded, 64, filtered_ok=True)
+        how = {"temperature": body.get("temperature", 1.0), "top_p": body.get("top_p", 1.0)}
         n, new = body.get("n", 1), body["max_tokens"]
-        found = engine.generate([prompt], samples=n, max_new_tokens=new, seed=body.get("seed", 0))[0]
+        found = engine.generate([prompt], samples=n, max_new_tokens=new, seed=body.get("seed", 0), **how)[0]
         choices = []
         for i, sample in enumerate(found):
             text = self.loaded.tokenizer.decode(sample.token_ids[:-1] if sample.ended else sample.token_ids)

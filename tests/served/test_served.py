@@ -16,7 +16,7 @@ from killing import server as fork_server
 from tiny import made_responses, raw_recipe, rows_of, run, toy
 
 from kdrl.batch import Rollouts
-from kdrl.errors import RunError
+from kdrl.errors import RunError, UserError
 from kdrl.models import LoadedModel, ModelConfig, load_model
 from kdrl.objectives.objective import token_data
 from kdrl.objectives.terms import Distill, DistillConfig
@@ -108,6 +108,55 @@ def test_the_likeliest_tokens_fall_and_leave_out_a_sampled_one_that_is_none(serv
     assert not inside.all(), "else the test shows nothing"
     lowest = evidence.few.logp_NK[:, -1]
     assert (evidence.logp_N[~inside] <= lowest[~inside]).all()
+
+
+def padded(rows: int) -> LoadedModel:
+    """The served model with more rows than its tokenizer, some of them likely."""
+    found = toy(2)
+    torch.manual_seed(5)
+    found.model.resize_token_embeddings(found.vocab_size + rows)
+    with torch.no_grad():
+        likely = found.model.get_output_embeddings().weight
+        likely[found.vocab_size :] = 1.5 * likely[3 : 3 + rows]
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_padding_rows_are_left_out_of_the_likeliest_tokens(
+    rollouts: Rollouts, rows: int, caplog: pytest.LogCaptureFixture
+):
+    loaded = padded(rows)
+    everything = torch.ones_like(rollouts.trained_N)
+    with serving(loaded, Manners(max_logprobs=64)) as server:
+        teacher = teacher_at(server, 4)
+        found = teacher.score(rollouts, everything, "few", 1.0)
+        asked = {body["prompt_logprobs"] for body in server.asked}
+        again = teacher.score(rollouts, everything, "few", 1.0)
+    assert found.few is not None
+    assert again.few is not None
+    logits = torch.cat([_logits(loaded, r.prompt_ids, r.token_ids) for r in rollouts.responses])
+    logp = logits.log_softmax(-1)
+    reached = logp.topk(4).indices >= VOCABULARY
+    assert reached.any(), "else the test shows nothing"
+    assert min(asked) == 4
+    assert 4 < max(asked) <= 4 + rows
+    want = logp[:, :VOCABULARY].topk(4)
+    assert torch.equal(found.few.ids_NK, want.indices)
+    torch.testing.assert_close(found.few.logp_NK, want.values.float(), atol=2e-5, rtol=1e-4)
+    assert torch.equal(found.few.logp_NK, again.few.logp_NK)
+    assert caplog.text.count("beyond the tokenizer's are left out") == 1
+
+
+def test_padding_rows_that_a_server_s_limit_hides_are_told(rollouts: Rollouts):
+    with serving(padded(3), Manners(max_logprobs=4)) as server:
+        teacher = teacher_at(server, 4)
+        with pytest.raises(UserError, match=r"padding rows .* among its 4 likeliest .*--max-logprobs \d"):
+            teacher.score(rollouts, torch.ones_like(rollouts.trained_N), "few", 1.0)
+
+
+def _logits(loaded: LoadedModel, prompt: list[int], response: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return loaded.model(torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
 
 
 def recipe(world: Path, url: str | None, **change: Any) -> dict[str, Any]:
