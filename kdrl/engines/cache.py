@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ class RoomyLayer(DynamicLayer):
         self._limit = limit
         self._buffers: list[Tensor] = []
 
+    @property
+    def past(self) -> tuple[Tensor, Tensor]:
+        """Keys and values written so far; raises RuntimeError before the first."""
+        if self.keys is None or self.values is None:
+            raise RuntimeError("this layer of the cache is empty")
+        return self.keys, self.values
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values [rows, heads, new, width]; returns all of them."""
         if not self.is_initialized:
@@ -28,17 +36,20 @@ class RoomyLayer(DynamicLayer):
             self.keys, self.values = key_states, value_states
             self._buffers = [key_states, value_states]
             return self.keys, self.values
-        assert self.keys is not None
-        assert self.values is not None
-        old = self.keys.shape[-2]
+        old = self.past[0].shape[-2]
         new = old + key_states.shape[-2]
-        if new > self._buffers[0].shape[-2]:
-            self._buffers = [self._with_room(past, new) for past in (self.keys, self.values)]
+        if new > self.capacity:
+            self._buffers = [self._with_room(past, new) for past in self.past]
         keys, values = self._buffers
         keys[:, :, old:new] = key_states
         values[:, :, old:new] = value_states
         self.keys, self.values = keys[:, :, :new], values[:, :, :new]
         return self.keys, self.values
+
+    @property
+    def capacity(self) -> int:
+        """Columns that can be written before the buffers grow."""
+        return self._buffers[0].shape[-2]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows that are named, in that order; a row may be named more than once."""
@@ -47,6 +58,17 @@ class RoomyLayer(DynamicLayer):
         length = self.keys.shape[-2]
         self._buffers = [self._with_room(past, length + 1, beam_idx) for past in (self.keys, self.values)]
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+    def forget(self, first: int) -> None:
+        """Drop all columns before `first`."""
+        length = self.past[0].shape[-2] - first
+        self._buffers = [self._with_room(past[:, :, first:], length + 1) for past in self.past]
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+    def put(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Let the last columns of `rows` hold keys and values [n, heads, columns, width] of another text."""
+        for past, fresh in zip(self.past, (keys, values), strict=True):
+            past[rows, :, past.shape[-2] - fresh.shape[-2] :] = fresh.to(past.dtype)
 
     def _with_room(self, past: Tensor, needed: int, rows: Tensor | None = None) -> Tensor:
         count, heads, length, width = past.shape
@@ -71,3 +93,25 @@ def select_rows(cache: DynamicCache, rows: Tensor) -> None:
     """Keep the named rows of every layer: repeats a prompt's cache for its samples, or drops finished rows."""
     for layer in cache.layers:
         layer.reorder_cache(rows)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One prompt's keys and values by layer, [heads, P, width], and the hidden state [D] that its last token left."""
+
+    prompt: tuple[int, ...]
+    keys: list[Tensor]
+    values: list[Tensor]
+    hidden_D: Tensor
+
+    @classmethod
+    def of(cls, prompt: tuple[int, ...], cache: DynamicCache, row: int, hidden_D: Tensor) -> Encoded:
+        """The last columns of a row of roomy layers, copied."""
+        pasts = [layer.past for layer in cache.layers]  # type: ignore[attr-defined]
+        own = [[x[row, :, -len(prompt) :].clone() for x in past] for past in pasts]
+        return cls(prompt, [keys for keys, _ in own], [values for _, values in own], hidden_D.clone())
+
+    def put(self, cache: DynamicCache, rows: Tensor) -> None:
+        """Let `rows` of a cache hold this prompt in their last columns."""
+        for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
+            layer.put(rows, keys[None], values[None])  # type: ignore[attr-defined]

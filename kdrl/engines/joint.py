@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdrl.engines.decoding import Rows, write_rows
+from kdrl.engines.decoding import Plan, Rows
 from kdrl.engines.sampling import Sampler, SamplingOptions, StopStrings, draw_uniforms, inverse_cdf
-from kdrl.engines.torch_engine import TorchEngine, waves, writable
+from kdrl.engines.torch_engine import TorchEngine, falling, writable
+from kdrl.engines.writing import Writer
 from kdrl.models.heads import head_of
 from kdrl.models.loading import LoadedModel
 from kdrl.seeds import derive
@@ -68,6 +69,8 @@ class _JointRows:
     def __init__(self, engines: Sequence[TorchEngine], prompts: Sequence[Sequence[int]], steps: int) -> None:
         self.device = engines[0].loaded.device
         self._models = [engine.loaded for engine in engines]
+        plans = [engine.plan for engine in engines]
+        self.plan = Plan(compact=all(p.compact for p in plans), refill=all(p.refill for p in plans))
         self._rows: list[Rows] = []
         for engine in engines:
             with engine.loaded.autocast():
@@ -85,6 +88,11 @@ class _JointRows:
     def keep(self, keep_B: Tensor) -> None:
         for rows in self._rows:
             rows.keep(keep_B)
+
+    def refill(self, rows: Tensor, prompts: Sequence[Sequence[int]]) -> None:
+        for loaded, each in zip(self._models, self._rows, strict=True):
+            with loaded.autocast():
+                each.refill(rows, prompts)
 
 
 class JointEngine:
@@ -116,19 +124,22 @@ class JointEngine:
         shape = (prompts, samples, max_new_tokens)
         uniform = torch.stack([draw_uniforms(*shape, seed), draw_uniforms(*shape, derive(seed, "teacher"))], -1)
         eos_ids = sorted({eos for loaded in models for eos in loaded.eos_ids})
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        out: dict[tuple[int, int], JointSample] = {}
+        order = falling(prompts)
         with writable(*models):
             student = models[0]
             stops = StopStrings(student.tokenizer, stop, student.vocab_size) if stop else None
             choose = _chooser(rule, [Sampler(head_of(loaded), options) for loaded in models])
-            for wave in waves([(i, j) for i in order for j in range(samples)], self._engines[0].max_rows):
-                rows = _JointRows(self._engines, [prompts[i] for i, _ in wave], max_new_tokens)
-                uniform_BT2 = torch.stack([uniform[i, j] for i, j in wave])
-                written = write_rows(rows, uniform_BT2, eos_ids, choose, stops)
-                for cell, (token_ids, pairs, ended) in zip(wave, written.rows(), strict=True):
-                    out[cell] = JointSample(token_ids, [p[0] for p in pairs], [p[1] for p in pairs], ended)
-        return [[out[i, j] for j in range(samples)] for i in range(len(prompts))]
+
+            def start(texts: Sequence[Sequence[int]]) -> _JointRows:
+                return _JointRows(self._engines, texts, max_new_tokens)
+
+            writer = Writer(start, uniform[order].flatten(0, 1), eos_ids, choose, stops)
+            texts = [prompts[i] for i in order for _ in range(samples)]
+            refill = all(engine.plan.refill for engine in self._engines)
+            written = writer.write(texts, self._engines[0].max_rows, refill).rows() if texts else iter(())
+            found = [JointSample(ids, [p[0] for p in pairs], [p[1] for p in pairs], end) for ids, pairs, end in written]
+        place = {i: n * samples for n, i in enumerate(order)}
+        return [[found[place[i] + j] for j in range(samples)] for i in range(len(prompts))]
 
 
 def _chooser(rule: Rule, samplers: Sequence[Sampler]) -> Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]:

@@ -151,14 +151,14 @@ class StopStrings:
         # A token that completes a stop string holds its last character, or a part of it ("\ufffd") if it spans tokens.
         self._likely = {i for i, text in enumerate(texts) if "\ufffd" in text or any(c in text for c in last)}
 
-    def hits(self, recent_TR: Sequence[Sequence[int]]) -> list[bool]:
-        """For each row, whether a stop string stands in the decoded text of its last tokens (time first)."""
+    def hits(self, recent: Sequence[Sequence[int]]) -> list[bool]:
+        """For each row, whether a stop string stands in the decoded text of its last tokens."""
         found = []
-        for row, newest in enumerate(recent_TR[-1]):
-            if newest not in self._likely:
+        for tokens in recent:
+            if tokens[-1] not in self._likely:
                 found.append(False)
                 continue
-            text = str(self._tokenizer.decode([step[row] for step in recent_TR[-self._window :]]))
+            text = str(self._tokenizer.decode(list(tokens[-self._window :])))
             found.append(any(s in text for s in self._stop))
         return found
 

@@ -1,20 +1,19 @@
-"""The embedded engine: batched sampling from any transformers causal LM, on the weights that are being trained.
-
-Left out here: refilling freed rows with waiting prompts, and CUDA graphs.
-"""
+"""The embedded engine: batched sampling from any transformers causal LM, on the weights that are being trained."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from kdrl.engines.base import Sample
-from kdrl.engines.decoding import Plan, Rows, text_config, write_rows
+from kdrl.engines.decoding import Plan, Rows, text_config
 from kdrl.engines.sampling import Sampler, SamplingOptions, StopStrings, draw_uniforms
+from kdrl.engines.writing import Writer
 from kdrl.errors import UserError
 from kdrl.models.heads import causal_lm, head_of, hidden_states
 from kdrl.models.loading import LoadedModel
@@ -61,17 +60,19 @@ class TorchEngine:
         loaded = self.loaded
         drawn = samples if temperature > 0 else 1  # greedy samples of a prompt are equal
         uniform = draw_uniforms(prompts, drawn, max_new_tokens, seed)
-        cells = [(i, j) for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) for j in range(drawn)]
-        out: dict[tuple[int, int], Sample] = {}
+        order = falling(prompts)
         with writing(loaded):
             stops = StopStrings(loaded.tokenizer, stop, loaded.vocab_size) if stop else None
+
+            def start(texts: Sequence[Sequence[int]]) -> Rows:
+                return Rows(loaded, texts, max_new_tokens, self.plan)
+
             sampler = Sampler(head_of(loaded), options)
-            for wave in waves(cells, self.max_rows):
-                rows = Rows(loaded, [prompts[i] for i, _ in wave], max_new_tokens, self.plan)
-                uniform_BT = torch.stack([uniform[i, j] for i, j in wave])
-                written = write_rows(rows, uniform_BT, loaded.eos_ids, sampler, stops)
-                out.update(zip(wave, written.samples(), strict=True))
-        return [[out[i, j % drawn] for j in range(samples)] for i in range(len(prompts))]
+            writer = Writer(start, uniform[order].flatten(0, 1), loaded.eos_ids, sampler, stops)
+            texts = [prompts[i] for i in order for _ in range(drawn)]
+            found = writer.write(texts, self.max_rows, self.plan.refill).samples() if texts else []
+        place = {i: n * drawn for n, i in enumerate(order)}
+        return [[found[place[i] + j % drawn] for j in range(samples)] for i in range(len(prompts))]
 
     def check(
         self, prompts: Sequence[Sequence[int]], samples: int, max_new_tokens: int, options: SamplingOptions
@@ -134,15 +135,15 @@ def _resting(loaded: LoadedModel) -> Iterator[None]:
         loaded.model.train(was_training)
 
 
-def waves(cells: list[tuple[int, int]], max_rows: int) -> list[list[tuple[int, int]]]:
-    """Cut rows into as few pieces as fit, of nearly equal size."""
-    count = -(-len(cells) // max_rows)
-    return [cells[len(cells) * k // count : len(cells) * (k + 1) // count] for k in range(count)]
+def falling(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Numbers of the prompts, the longest first: a row can only be given to a prompt that fits where one has been."""
+    return sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
 
 
 def _right_plan(loaded: LoadedModel) -> Plan:
     """The fastest plan whose steps reproduce the model's full forward pass."""
-    for plan in dict.fromkeys((Plan.fastest(loaded), Plan(roomy_cache=True), Plan())):
+    best = Plan.fastest(loaded)
+    for plan in dict.fromkeys((best, replace(best, fused=False), Plan(roomy_cache=True), Plan())):
         with contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
             if _reproduces(loaded, plan):
                 return plan
@@ -153,11 +154,11 @@ def _right_plan(loaded: LoadedModel) -> Plan:
 
 
 def _reproduces(loaded: LoadedModel, plan: Plan) -> bool:
-    """Compare hidden states of three steps (two prompt lengths, a row that leaves) with forwards without a cache."""
+    """Compare hidden states (two prompt lengths, a row that leaves, a row that starts anew) with plain forwards."""
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(loaded.vocab_size, (n,), generator=generator).tolist() for n in (6, 8, 8)]
     prompts = [texts[0][:3], texts[1][:5], texts[2][:5]]
-    rows = Rows(loaded, prompts, 3, plan)
+    rows = Rows(loaded, prompts, 4, plan)
     found = [rows.hidden_BD]
     rows.step(torch.tensor([texts[n][len(prompts[n])] for n in range(3)], device=loaded.device))
     rows.keep(torch.tensor([0, 2], device=loaded.device))
@@ -165,6 +166,11 @@ def _reproduces(loaded: LoadedModel, plan: Plan) -> bool:
         rows.step(torch.tensor([texts[n][len(prompts[n]) + t] for n in (0, 2)], device=loaded.device))
     found.append(rows.hidden_BD)
     wanted = [_last_hidden(loaded, prompts), _last_hidden(loaded, [texts[0], texts[2]])]
+    if plan.refill:
+        rows.refill(torch.tensor([1], device=rows.device), [texts[1][:4]])
+        rows.step(torch.tensor([texts[1][0], texts[1][4]], device=rows.device))
+        found.append(rows.hidden_BD)
+        wanted.append(_last_hidden(loaded, [texts[0] + texts[1][:1], texts[1][:5]]))
     tolerance = 1e-3 if found[0].dtype == torch.float32 and loaded.config.autocast is None else 0.1
     return all(_close(a.float(), b.float(), tolerance) for a, b in zip(found, wanted, strict=True))
 

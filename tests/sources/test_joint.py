@@ -11,7 +11,7 @@ import torch
 from engines.toys import toy
 from tiny import problem
 
-from kdrl.engines import TorchEngine, decoding
+from kdrl.engines import TorchEngine, writing
 from kdrl.engines.joint import JointEngine, JointSample, mixed, speculative
 from kdrl.errors import UserError
 from kdrl.models import LoadedModel, encode_prompt
@@ -106,8 +106,8 @@ def test_compaction_and_waves_change_no_sample(
     look: int,
 ):
     want = written(engine, student, speculative(3), max_new_tokens=40)
-    monkeypatch.setattr(decoding, "_COMPACTION_STEPS", pays)
-    monkeypatch.setattr(decoding, "_LOOK_EVERY", {"cpu": look})
+    monkeypatch.setattr(writing, "_COMPACTION_STEPS", pays)
+    monkeypatch.setattr(writing, "_LOOK_EVERY", {"cpu": look})
     small = JointEngine(TorchEngine(student, 5), TorchEngine(teacher, 5))
     found = written(small, student, speculative(3), max_new_tokens=40)
     for a, b in zip(itertools.chain(*found), itertools.chain(*want), strict=True):
