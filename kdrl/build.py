@@ -12,11 +12,12 @@ import torch
 
 from kdrl.checkpoint import Checkpoints
 from kdrl.checks import build_objective, needs_rewards, self_terms
-from kdrl.engines import Engine, TorchEngine
+from kdrl.engines import Engine
 from kdrl.errors import UserError
 from kdrl.evaluation import EvaluateConfig, EvaluationResult, evaluate_loaded, pick_problems
 from kdrl.features.live import make_features
 from kdrl.held_out import solution_loss
+from kdrl.limits import Limits, SparingEngine, SparingUpdater
 from kdrl.models import LoadedModel, encode_prompt, load_model
 from kdrl.objectives.schedules import Memory
 from kdrl.optimizers import build_optimizer
@@ -73,6 +74,7 @@ class Builder:
     def __init__(self, recipe: Recipe, run_dir: Path, stack: ExitStack, observe: Observe | None = None) -> None:
         self.recipe, self.run_dir = recipe, run_dir
         self.device = resolve_device(recipe.device)
+        self.limits = Limits.of(recipe)
         self.notes: list[str] = []
         self._observe = observe or self._note
         self.objective = build_objective(recipe)
@@ -86,7 +88,7 @@ class Builder:
         self.task = self._task()
         self.pool = stack.enter_context(VerifierPool(recipe.task))
         self._observe("numbers", lambda: check_numbers(recipe))
-        self.engine = TorchEngine(self.student, recipe.rollout.rows, filtered_ok=recipe.rollout.filtered)
+        self.engine = SparingEngine(self.student, self.limits.rows, filtered_ok=recipe.rollout.filtered)
         self.writers = self._writers()
         self.stream = self.writers.problems(recipe.source)
         self._check_lengths()
@@ -212,12 +214,12 @@ class Builder:
             if isinstance(section, CombinedConfig):
                 found[name] = section.build(name, members)
         if self_terms(self.objective):
-            found["self"] = SelfTeacher(self.student, budget, recipe.self_teacher)
+            found["self"] = self.limits.tokens.follow(SelfTeacher(self.student, budget, recipe.self_teacher))
         found = {n: reading(self.objective, n, t, self.student, self.models.get(n)) for n, t in found.items()}
         for name, each in found.items():
             self._observe(f"what {name} gives", partial(check_gives, name, each.gives, self.objective))
         leashed = any(t.needs.reference for t in self.objective.terms)
-        return found, ReferenceTeacher(self.student, budget) if leashed else None
+        return found, self.limits.tokens.follow(ReferenceTeacher(self.student, budget)) if leashed else None
 
     def members(self) -> dict[str, Teacher]:
         """The teachers that are models, by name."""
@@ -238,9 +240,10 @@ class Builder:
         return found
 
     def _live_teacher(self, name: str) -> Teacher:
+        return self.served[name] if name in self.served else self.limits.tokens.follow(self._local_teacher(name))
+
+    def _local_teacher(self, name: str) -> LocalTeacher:
         section, budget = section_of(self.recipe, name), self.recipe.optimizer.micro_batch_tokens
-        if name in self.served:
-            return self.served[name]
         if name not in self.models:
             return ReferenceTeacher(self.student, budget)
         if section.offload:
@@ -283,7 +286,7 @@ class Builder:
             engine: Engine = ServedEngine(self.served[who], loaded, problems)
         else:
             loaded = self.student if who == "student" else self.models[who]
-            engine = TorchEngine(loaded, self.recipe.rollout.rows, filtered_ok=True)
+            engine = SparingEngine(loaded, self.limits.rows, filtered_ok=True)
         rollout = self.recipe.rollout
         # One seed for every run: evaluations of different runs must differ by the model alone.
         return evaluate_loaded(
@@ -305,7 +308,7 @@ class Builder:
         recipe = self.recipe
         budget = recipe.optimizer.micro_batch_tokens
         features = make_features(self.objective, self.student, self.teacher, budget, recipe.seed)
-        updater = Updater(self.student, budget, features)
+        updater = SparingUpdater(self.student, self.limits.tokens, features)
         teachers, reference = self.teachers()
         collector = Collector(
             self.writers.source(recipe.source),
@@ -330,5 +333,6 @@ class Builder:
             checkpoints=Checkpoints(self.run_dir, recipe.checkpoint),
             evaluate=partial(self.development, updater),
             device=self.device,
+            limits=self.limits,
             skipped=lambda: self.stream.skipped,
         )

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from kdrl.build import Builder
 from kdrl.errors import UserError
+from kdrl.metrics import Phases
 from kdrl.objectives.logspace import entropy
 from kdrl.objectives.scores import Tokens
 from kdrl.objectives.terms import Distill
 from kdrl.teachers import Evidence, Teacher
 from kdrl.teachers.base import Given
 from kdrl.teachers.served import ServedTeacher
-from kdrl.trainer import Parts, Phases, Trainer
+from kdrl.trainer import Parts, Trainer
 from kdrl.update import Scored, Tally
 from kdrl.vocab.teacher import VocabTeacher
 

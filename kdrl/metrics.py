@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -15,6 +18,20 @@ from kdrl.update import Scored, Tally, Updater
 
 if TYPE_CHECKING:
     from kdrl.trainer import Progress
+
+
+@dataclass
+class Phases:
+    """Seconds spent in each phase of a step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, name: str) -> Any:
+        """Time a phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -17,6 +17,7 @@ from kdrl.environment import write_environment
 from kdrl.errors import UserError
 from kdrl.evaluation import EvaluationResult
 from kdrl.explain import explain_objective
+from kdrl.limits import told
 from kdrl.models import save_final
 from kdrl.planning import memory_plan
 from kdrl.recipe import Recipe, load_recipe
@@ -100,7 +101,7 @@ def _claim(run_dir: Path) -> None:
 
 def _run(recipe: Recipe, run_dir: Path, say: Say, *, resume: bool) -> RunResult:
     torch.use_deterministic_algorithms(True, warn_only=True)
-    with ExitStack() as stack, _stopped_at_once(run_dir):
+    with ExitStack() as stack, _stopped_at_once(run_dir), told():
         if not resume:
             say(explain_objective(recipe))
             _check_memory(recipe, say)

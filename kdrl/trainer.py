@@ -20,8 +20,9 @@ from kdrl.batch import Response, Rollouts
 from kdrl.calibration import calibrate, unmeasured
 from kdrl.checkpoint import Checkpoints, Loaded, flatten_optimizer, restore_optimizer
 from kdrl.errors import RunError, UserError
+from kdrl.limits import Limits, tokens_of
 from kdrl.measuring import measure_scores
-from kdrl.metrics import balance, step_row
+from kdrl.metrics import Phases, balance, step_row
 from kdrl.models import LoadedModel
 from kdrl.objectives.blocks import block_ids
 from kdrl.objectives.objective import Active, Objective, token_data
@@ -30,6 +31,7 @@ from kdrl.recipe import Recipe
 from kdrl.rollouts import Collected, Collector
 from kdrl.seeds import derive
 from kdrl.teachers import Evidence, Teacher
+from kdrl.teachers.base import Need
 from kdrl.teachers.beside import Beside
 from kdrl.update import Scored, Tally, Updater
 from kdrl.vocab.teacher import chunk_blocks
@@ -72,21 +74,8 @@ class Parts:
     checkpoints: Checkpoints
     evaluate: Callable[[], Mapping[str, float | None]]
     device: str
+    limits: Limits
     skipped: Callable[[], Mapping[str, int]] = dict
-
-
-@dataclass
-class Phases:
-    """Seconds spent in each phase of a step."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def of(self, name: str) -> Any:
-        """Time a phase."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 class Trainer:
@@ -118,6 +107,7 @@ class Trainer:
         kept = saved.tensors.get("source", {})
         self.parts.collector.restore(self.progress.position, saved.state["source"], kept)
         self.beside.restore(saved)
+        self.parts.limits.restore(saved.state.get("limits", {}))
         return saved.state["offsets"]
 
     def save(self, watch: Watch, score: float | None) -> Path:
@@ -126,7 +116,7 @@ class Trainer:
         trained = {name: p.detach() for name, p in names.items() if p.requires_grad}
         tensors, optimizer = flatten_optimizer(self.parts.optimizer, names)
         state = {"progress": vars(self.progress), "optimizer": optimizer, "offsets": watch.offsets()}
-        state["schedules"] = self.memory.states
+        state |= {"schedules": self.memory.states, "limits": self.parts.limits.state()}
         state["source"], kept = self.parts.collector.state()
         state["beside"], beside = self.beside.save()
         groups = {"student": trained, "optimizer": tensors} | ({"source": kept} if kept else {}) | beside
@@ -245,6 +235,7 @@ class Trainer:
         }
         row |= {f"verifier/{k}": v for k, v in self.progress.verdicts.items()}
         row |= {f"skipped/{reason}": count for reason, count in self.parts.skipped().items()}
+        row |= {f"halved/{option}": value for option, value in self.parts.limits.state().items()}
         return row, collected.responses
 
     def _wanted_groups(self, rollouts: Rollouts, moment: Moment) -> set[int]:
@@ -282,7 +273,7 @@ class Trainer:
                 )
                 whole = any(a.term.needs.reference == "distribution" for a in active)
                 need = "distribution" if whole else "token"
-                reference = self.parts.reference.score(rollouts, keep_N.any(0), need, temperature)
+                reference = self._ask_one(self.parts.reference, rollouts, keep_N.any(0), need)
         scored = Scored(
             rollouts,
             active,
@@ -318,7 +309,13 @@ class Trainer:
         teacher = self.parts.teachers[name]
         need = "token" if not whole else "distribution" if teacher.gives.distribution else "few"
         wanted_N = torch.stack([a.wanted_N(rollouts.row_N, rollouts.rows) for a in asking]).any(0)
-        return self.parts.teachers[name].score(rollouts, wanted_N, need, self.recipe.rollout.temperature)
+        return self._ask_one(teacher, rollouts, wanted_N, need)
+
+    def _ask_one(self, teacher: Teacher, rollouts: Rollouts, wanted_N: torch.Tensor, need: Need) -> Evidence:
+        temperature = self.recipe.rollout.temperature
+        return self.parts.limits.tokens.run(
+            lambda: teacher.score(rollouts, wanted_N, need, temperature), tokens_of(rollouts)
+        )
 
     def _count_calls(self, scored: Scored) -> None:
         """Responses that the teacher was asked about, and those that a mask kept from it."""

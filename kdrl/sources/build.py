@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdrl.engines import TorchEngine
-from kdrl.engines.joint import JointEngine
+from kdrl.limits import SparingEngine, SparingJoint
 from kdrl.models import LoadedModel
 from kdrl.sources import kinds
 from kdrl.sources.base import Judge, Source
@@ -39,7 +38,7 @@ class Writers:
     the teacher is a model here or `served`.
     """
 
-    engine: TorchEngine
+    engine: SparingEngine
     student: LoadedModel
     teacher: LoadedModel | None
     judge: Judge
@@ -99,7 +98,7 @@ class Writers:
         if self.served is not None:
             store = self.run_dir / TEACHER_TEXT
             return ServedSource(self.served, self.student, store, samples or self.group, self.sampling)
-        engine = TorchEngine(self._teacher, self.engine.max_rows, filtered_ok=True)
+        engine = SparingEngine(self._teacher, self.engine.limit, filtered_ok=True)
         store = self.run_dir / TEACHER_TEXT
         return TeacherSource(engine, self.student, store, samples or self.group, self.sampling)
 
@@ -110,9 +109,9 @@ class Writers:
     @property
     def joint(self) -> dict[str, Any]:
         """What every source of two models takes."""
-        teacher = TorchEngine(self._teacher, self.engine.max_rows)
+        teacher = SparingEngine(self._teacher, self.engine.limit)
         plain = {k: v for k, v in self.sampling.items() if k not in ("top_p", "top_k")}
-        return {"engine": JointEngine(self.engine, teacher), "student": self.student, "samples": self.group, **plain}
+        return {"engine": SparingJoint(self.engine, teacher), "student": self.student, "samples": self.group, **plain}
 
     @property
     def _teacher(self) -> LoadedModel:
