@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdrl.errors import UserError
+from kdrl.objectives.precision import exact_products
 from kdrl.seeds import derive
 
 if TYPE_CHECKING:
@@ -54,7 +55,10 @@ class Sampler:
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Float32 logits [R, V] over the tokenizer's vocabulary, before temperature."""
-        with torch.autocast(hidden_RD.device.type, enabled=False):
+        with (
+            torch.autocast(hidden_RD.device.type, enabled=False),
+            exact_products(hidden_RD, self._head.weight_VD),
+        ):
             logits_RV = hidden_RD.float() @ self._weight_DV
         if self._bias_V is not None:
             logits_RV += self._bias_V
