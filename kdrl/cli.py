@@ -84,6 +84,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print resolved recipe, expanded method and memory plan; run nothing.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start although the memory plan does not fit.")] = False,
 ) -> None:
     """Train a student by a recipe."""
     if resume is not None:
@@ -91,7 +92,7 @@ def train(
             raise UserError("--resume takes no recipe, override or other option: a run goes on as it was started.")
         from kdrl.run import resume as resume_run
 
-        resume_run(resume, say=_say)
+        resume_run(resume, say=_say, force=force)
         return
     if recipe is None:
         raise UserError("give a recipe, as in `kdrl train recipes/kdrl.yaml student.model=PATH`, or --resume RUN.")
@@ -106,7 +107,7 @@ def train(
         return
     from kdrl.run import train as train_run
 
-    train_run(recipe, overrides or [], output=output, say=_say)
+    train_run(recipe, overrides or [], output=output, say=_say, force=force)
 
 
 def _dry_run(recipe: Path, overrides: list[str]) -> None:

@@ -6,17 +6,15 @@ Left out: verifier processes, fragmentation on a GPU, sliding windows (counted a
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.table import Table
 
-from kdrl.errors import UserError
+from kdrl.available import available_bytes
 from kdrl.model_shape import ModelShape as ModelShape
 from kdrl.model_shape import activation_bytes
 from kdrl.model_shape import adapter_parameters as adapter_parameters
@@ -85,6 +83,11 @@ class MemoryPlan:
         """One sentence: it fits, or it does not and what to change."""
         what = f"about {_size(self.peak)} at the peak ({self.peak_phase}) of {_size(self.available)} on {self.device}"
         return f"fits: {what}" if self.fits else f"does not fit: {what}; {'; or '.join(self.advice)}"
+
+    @property
+    def summary(self) -> str:
+        """The totals and the verdict in one line."""
+        return f"memory: {', '.join(f'{phase} {_size(self.of(phase))}' for phase in self._phases)}; {self.verdict}"
 
     def table(self) -> Table:
         """The plan for the terminal, with the verdict below."""
@@ -293,17 +296,17 @@ def _advice(made: MemoryPlan, r: _Request) -> Iterable[str]:
     if made.of("update") > room:
         fit = bisect_left(range(r.tokens), True, key=lambda n: _need(replace(r, tokens=n + 1), "update") > room)
         if fit >= r.max_length:
-            yield f"lower the token budget of a micro-batch to {fit:,}"
+            yield f"lower optimizer.micro_batch_tokens to {fit:,}"
         if not r.checkpointing:
             yield "set student.gradient_checkpointing: true"
         if fit < r.max_length:
-            yield "shorten the responses"
+            yield "lower rollout.max_new_tokens"
             yield from _smaller_weights(r)
     if made.of("prepare") > room:
-        yield "lower the token budget of a micro-batch, which the teacher is fitted in, or leave teacher.prepare out"
+        yield "lower optimizer.micro_batch_tokens, which the teacher is fitted in, or leave teacher.prepare out"
     if made.of("rollout") > room:
         fit = bisect_left(range(r.rows), True, key=lambda n: _need(replace(r, rows=n + 1), "rollout") > room)
-        yield f"write at most {fit:,} responses at once" if fit else "shorten the responses"
+        yield f"lower rollout.rows to {fit:,}" if fit else "lower rollout.max_new_tokens"
 
 
 def _smaller_weights(r: _Request) -> Iterable[str]:
@@ -314,40 +317,6 @@ def _smaller_weights(r: _Request) -> Iterable[str]:
     if r.teacher and r.teacher_bytes > 2:
         yield "set teacher.dtype: bfloat16"
     yield "choose a smaller model"
-
-
-def available_bytes(device: torch.device) -> int:
-    """Bytes this process may use on a device, what it holds already included; raises UserError without the device."""
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("device: cuda was asked for and torch sees no CUDA device; set device: cpu.")
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    free = _kibibytes("/proc/meminfo", "MemAvailable:")
-    held = _kibibytes("/proc/self/status", "VmRSS:")
-    if free is None or held is None:  # not Linux: all there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([free + held, *_container_limits(held)])
-
-
-def _kibibytes(file: str, key: str) -> int | None:
-    try:
-        lines = Path(file).read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), None)
-
-
-def _container_limits(held: int) -> Iterable[int]:
-    """What a container's own limit leaves, with file caches counted as free (cgroup version 2, then 1)."""
-    names = (("", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
-    for folder, limit, usage in names:
-        root = Path("/sys/fs/cgroup") / folder
-        try:
-            stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-            used = int((root / usage).read_text()) - int(stat.get("inactive_file", 0))
-            yield int((root / limit).read_text()) - used + held
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
 
 
 def _size(count: int) -> str:

@@ -49,11 +49,12 @@ def train(
     *,
     output: str | Path | None = None,
     say: Say | None = None,
+    force: bool = False,
 ) -> RunResult:
     """Train by a recipe (a Recipe, a YAML path or a mapping) into a new folder `output` (default: under runs/).
 
-    Raises UserError for a mistake in recipe, data or models, RunError when the numbers break, InterruptedRunError after
-    a Ctrl-C.
+    `force` starts a run that its memory plan does not fit. Raises UserError for a mistake in recipe, data or models,
+    RunError when the numbers break or the device's memory does not do, InterruptedRunError after a Ctrl-C.
     """
     if isinstance(recipe, Recipe):
         if overrides:
@@ -64,10 +65,10 @@ def train(
         name = Path(recipe).stem if isinstance(recipe, str | Path) else (resolved.method or "run")
     run_dir = Path(output) if output is not None else Path("runs") / name
     _claim(run_dir)
-    return _run(resolved, run_dir, say or print, resume=False)
+    return _run(resolved, run_dir, say or print, resume=False, force=force)
 
 
-def resume(run_dir: str | Path, *, say: Say | None = None) -> RunResult:
+def resume(run_dir: str | Path, *, say: Say | None = None, force: bool = False) -> RunResult:
     """Go on with a run that was stopped or killed; the result equals the uninterrupted one."""
     folder = Path(run_dir)
     stored = folder / "recipe.yaml"
@@ -77,7 +78,7 @@ def resume(run_dir: str | Path, *, say: Say | None = None) -> RunResult:
     if not isinstance(raw, dict):
         raise UserError(f"{stored} is not a recipe any more; put back the file that the run wrote.")
     recipe = load_recipe(raw)
-    return _run(recipe, folder, say or print, resume=True)
+    return _run(recipe, folder, say or print, resume=True, force=force)
 
 
 def check_output(run_dir: Path) -> None:
@@ -99,12 +100,12 @@ def _claim(run_dir: Path) -> None:
         raise UserError(f"the output folder {run_dir} cannot be made: {error.strerror}.") from None
 
 
-def _run(recipe: Recipe, run_dir: Path, say: Say, *, resume: bool) -> RunResult:
+def _run(recipe: Recipe, run_dir: Path, say: Say, *, resume: bool, force: bool) -> RunResult:
     torch.use_deterministic_algorithms(True, warn_only=True)
     with ExitStack() as stack, _stopped_at_once(run_dir), told():
         if not resume:
             say(explain_objective(recipe))
-            _check_memory(recipe, say)
+        _check_memory(recipe, say, force)
         builder = Builder(recipe, run_dir, stack)
         for note in builder.notes:
             say(f"note: {note}")
@@ -153,11 +154,14 @@ def _stopped_at_once(run_dir: Path) -> Iterator[None]:
         ) from None
 
 
-def _check_memory(recipe: Recipe, say: Say) -> None:
+def _check_memory(recipe: Recipe, say: Say, force: bool) -> None:
+    """On a CPU the kernel would kill the process without a word; a GPU answers, and `limits` halves."""
     plan = memory_plan(recipe)
-    say(plan.verdict)
-    if not plan.fits and resolve_device(recipe.device) == "cpu":
-        raise UserError(f"{plan.verdict} `kdrl train RECIPE --dry-run` shows the whole plan.")
+    if not (plan.fits or force) and resolve_device(recipe.device) == "cpu":
+        raise UserError(
+            f"the run {plan.verdict}. `kdrl train RECIPE --dry-run` shows the whole plan; --force starts all the same."
+        )
+    say(plan.summary)
 
 
 class _Evaluations:

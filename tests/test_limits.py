@@ -180,7 +180,7 @@ def fail() -> Any:
 
 
 def test_elsewhere_it_is_a_sentence() -> None:
-    with pytest.raises(RunError, match="optimizer.kind=adamw_8bit"), told():
+    with pytest.raises(RunError, match=r"optimizer\.kind=adamw_8bit"), told():
         fail()
 
 

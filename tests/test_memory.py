@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from tiny import raw_recipe
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
 
 from kdrl.errors import UserError
-from kdrl.memory import ModelShape, available_bytes, plan
+from kdrl.memory import ModelShape, plan
 from kdrl.model_shape import activation_bytes, adapter_parameters
 from kdrl.models.attention import training_attention
 from kdrl.models.config import LoraConfig
+from kdrl.run import resume, train
 
 REPO = Path(__file__).parents[1]
 TINY = {
@@ -191,13 +194,13 @@ def test_advice_is_enough_when_followed() -> None:
     made = plan(shape(), available=2 * 10**9, **run)
     assert made.verdict.startswith("does not fit: about ")
     assert "gradient_checkpointing" in made.verdict
-    tokens = int(made.verdict.split("micro-batch to ")[1].split(";")[0].replace(",", ""))
+    tokens = int(made.verdict.split("micro_batch_tokens to ")[1].split(";")[0].replace(",", ""))
     assert plan(shape(), available=2 * 10**9, **run | {"micro_batch_tokens": tokens}).fits
     assert not plan(shape(), available=2 * 10**9, **run | {"micro_batch_tokens": tokens + 1}).fits
 
     run = {"micro_batch_tokens": 128, "max_length": 128, "rollout_rows": 100_000}
     made = plan(shape(), available=2 * 10**9, **run)
-    rows = int(made.verdict.split("at most ")[1].split(" ")[0].replace(",", ""))
+    rows = int(made.verdict.split("rollout.rows to ")[1].split(";")[0].replace(",", ""))
     assert plan(shape(), available=2 * 10**9, **run | {"rollout_rows": rows}).fits
     assert not plan(shape(), available=2 * 10**9, **run | {"rollout_rows": rows + 1}).fits
 
@@ -215,12 +218,30 @@ def test_table_and_json_say_the_verdict() -> None:
         assert plain["fits"] == (start == "fits")
 
 
-def test_available_is_between_nothing_and_the_machine() -> None:
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < available_bytes(torch.device("cpu")) <= whole * 1.05
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="device: cpu"):
-            available_bytes(torch.device("cuda"))
+HUGE = {"optimizer": {"micro_batch_tokens": 10**10}}
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(world: Path, tmp_path: Path) -> None:
+    """A real process, and no folder but an empty one is left."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(raw_recipe(world, **HUGE)))
+    command = [sys.executable, "-m", "kdrl", "train", str(recipe), "--output", str(tmp_path / "run")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 2
+    assert "kdrl: the run does not fit: about" in done.stderr
+    assert re.search(r"lower optimizer\.micro_batch_tokens to [\d,]+", done.stderr)
+    assert "--force" in done.stderr
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_force_starts_it_all_the_same_and_a_resumed_run_is_asked_again(world: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    train(raw_recipe(world, **HUGE), output=tmp_path / "run", say=lambda text: said.append(str(text)), force=True)
+    memory = next(text for text in said if text.startswith("memory: "))
+    assert re.match(r"memory: rollout [\d.]+ .B, update [\d.]+ .B, optimizer step [\d.]+ .B; does not fit", memory)
+    with pytest.raises(UserError, match="--force"):
+        resume(tmp_path / "run")
 
 
 STEP = """

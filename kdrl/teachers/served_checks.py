@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from kdrl.available import available_bytes
 from kdrl.batch import Response, Rollouts
 from kdrl.engines.base import Engine
 from kdrl.errors import UserError
-from kdrl.memory import available_bytes
 from kdrl.models import LoadedModel, encode_prompt, load_model
 from kdrl.models.loading import load_without_weights
 from kdrl.objectives.objective import Objective
