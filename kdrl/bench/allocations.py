@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch.utils._pytree import tree_leaves
 class Allocations(TorchDispatchMode):
     """While inside, `live` and `peak` are the bytes of storages made since entering, now and at most.
 
-    Storages that were there before count nothing, views nothing again. Left out: memory that an operation takes and
-    gives back before it returns (packed matrices, workspaces), and storages that another process holds.
+    Storages that were there before count nothing, views nothing again, and those of a size in `beside` nothing at all,
+    such as gradients of weights. Left out: memory that an operation takes and gives back before it returns (packed
+    matrices, workspaces), and storages that another process holds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Collection[int] = ()) -> None:
         super().__init__()
+        self.beside = beside
         self.live = self.peak = 0
         self._known: set[int] = set()
 
@@ -29,7 +32,7 @@ class Allocations(TorchDispatchMode):
             self._meet(storage, 0)
         out = func(*args, **kwargs)
         for storage in _storages(out):
-            self._meet(storage, storage.nbytes())
+            self._meet(storage, 0 if storage.nbytes() in self.beside else storage.nbytes())
         self.peak = max(self.peak, self.live)
         return out
 

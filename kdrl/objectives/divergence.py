@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kdrl.objectives.logspace import LOG_FLOOR, finite
+from kdrl.objectives.logspace import LOG_FLOOR, finite, relative_entropy
 from kdrl.objectives.schedules import START, Moment
 from kdrl.objectives.scores import Score
 from kdrl.objectives.specs import ArmNow, AssistantNow, Divergence
@@ -74,19 +74,26 @@ def arms_of(
     arms: list[ArmNow], between: AssistantNow | None, logp: Tensor, logq: Tensor, gate_of: GateOf = _ungated
 ) -> Tensor:
     """Sum of the arms, teacher `logp` and student `logq` `[..., V]` to `[...]`."""
-    logp, logq = finite(logp), finite(logq)
     sides = {"p": logp, "q": logq}
     if between is not None:
-        sides["r"] = finite(assistant(between, logp, logq))
+        sides["r"] = assistant(between, finite(logp), finite(logq))
     total = logq.new_zeros(logq.shape[:-1])
     for arm in arms:
-        entries = alpha_beta_entries(sides[arm.x], sides[arm.y], arm.alpha, arm.beta)
-        value = entries.sum(-1)
-        if arm.gate is not None:
-            gate = torch.as_tensor(gate_of(arm.gate, logp, logq), dtype=entries.dtype, device=entries.device).detach()
-            value = (gate * entries).sum(-1) if gate.dim() == entries.dim() else gate * value
+        x, y = sides[arm.x], sides[arm.y]
+        if arm.gate is None and (arm.alpha, arm.beta) in ((1.0, 0.0), (0.0, 1.0)):
+            value = relative_entropy(x, y) if arm.alpha else relative_entropy(y, x)
+        else:
+            value = _arm(arm, finite(x), finite(y), lambda gate: gate_of(gate, finite(logp), finite(logq)))
         total = total + arm.weight * value
     return total
+
+
+def _arm(arm: ArmNow, x: Tensor, y: Tensor, gate_of: Callable[[Score], Tensor | float]) -> Tensor:
+    entries = alpha_beta_entries(x, y, arm.alpha, arm.beta)
+    if arm.gate is None:
+        return entries.sum(-1)
+    gate = torch.as_tensor(gate_of(arm.gate), dtype=entries.dtype, device=entries.device).detach()
+    return (gate * entries).sum(-1) if gate.dim() == entries.dim() else gate * entries.sum(-1)
 
 
 def total_variation(logp: Tensor, logq: Tensor) -> Tensor:

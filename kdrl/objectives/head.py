@@ -1,7 +1,7 @@
 """The chunked LM head: the only place where logits exist, and never more than one chunk of tokens of them.
 
-Every chunk is recomputed in the backward pass, so that N x V logits are held neither forward nor backward.
-Left out here: a fused kernel, and vocabulary chunks.
+Every chunk is recomputed in the backward pass, so that N x V logits are held neither forward nor backward; see
+`kdrl.objectives.passes`. Left out: vocabulary chunks.
 """
 
 from __future__ import annotations
@@ -11,45 +11,105 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from kdrl.objectives import products
+from kdrl.objectives.kernels import log_softmax_
 from kdrl.objectives.logspace import entropy as entropy_of
+from kdrl.objectives.passes import Comparison, Pass, run
 
-# Elements of one chunk of logits: 16 MiB in float32.
-CHUNK_ELEMENTS = 1 << 22
+__all__ = ["CHUNK_ELEMENTS", "Comparison", "Head", "LowRank", "TokenScores", "chunks", "entropy_of", "score_tokens"]
+
+# Elements of one chunk of logits: 32 MiB in float32, below what glibc takes from the system anew for every array. A GPU
+# is not kept busy by so few tokens of a large vocabulary.
+CHUNK_ELEMENTS = 1 << 23
+_CHUNK_ELEMENTS_ON_GPU = 1 << 25
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An adapter of the head (LoRA, 2106.09685): scale (hidden A^T) B^T is added to hidden W^T."""
+
+    a_RD: Tensor
+    b_VR: Tensor
+    scale: float
 
 
 @dataclass(frozen=True)
 class Head:
-    """A model's output projection: logits = softcap(scale (hidden W^T + b)), the first `rows` vocabulary rows."""
+    """A model's output projection: logits = softcap(scale (hidden W^T + adapters + b)), the first `rows` tokens."""
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
     rows: int | None = None
+    adapters: tuple[LowRank, ...] = ()
 
     @property
     def vocab_size(self) -> int:
         """Rows that are real tokens; padded rows beyond them have no probability."""
         return self.weight_VD.shape[0] if self.rows is None else min(self.rows, self.weight_VD.shape[0])
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Its tensors, in the order that `with_tensors` takes them."""
+        factors = (factor for low in self.adapters for factor in (low.a_RD, low.b_VR))
+        return (self.weight_VD, *([] if self.bias_V is None else [self.bias_V]), *factors)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Head:
+        """The same head of other tensors."""
+        weight_VD, *rest = tensors
+        bias_V = None if self.bias_V is None else rest.pop(0)
+        pairs = zip(self.adapters, rest[::2], rest[1::2], strict=True)
+        adapters = tuple(LowRank(a_RD, b_VR, low.scale) for low, a_RD, b_VR in pairs)
+        return replace(self, weight_VD=weight_VD, bias_V=bias_V, adapters=adapters)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Head:
+        """The same head with every tensor changed: detached, copied, widened."""
+        return self.with_tensors([change(tensor) for tensor in self.tensors])
+
+    def merged(self) -> Head:
+        """The same head without adapters, their product added to the weights and rounded to their format."""
+        if not self.adapters:
+            return self
+        weight_VD = self.weight_VD
+        wide = products.wide_of(weight_VD)
+        for low in self.adapters:
+            weight_VD = weight_VD.to(wide) + low.scale * (low.b_VR.to(wide) @ low.a_RD.to(wide))
+        return replace(self, weight_VD=weight_VD.to(self.weight_VD.dtype), adapters=())
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits `[N, V]` before temperature; float32 or better from low-precision hidden states and weights."""
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            rows = self.vocab_size
+            times = _tracked if torch.is_grad_enabled() else products.rows_by_columns
+            logits_NV = times(hidden_ND, self.weight_VD[:rows])
+            for low in self.adapters:
+                inner_NR = times(hidden_ND, low.a_RD) * low.scale
+                logits_NV = logits_NV.to(inner_NR.dtype).addmm_(inner_NR, low.b_VR[:rows].to(inner_NR.dtype).T)
+            if self.bias_V is not None:
+                logits_NV += self.bias_V[:rows]
+            if self.scale != 1.0:
+                logits_NV *= self.scale
+            if self.softcap is None:
+                return logits_NV
+            capped_NV = logits_NV.div_(self.softcap).tanh_()
+            return capped_NV * self.softcap if capped_NV.requires_grad else capped_NV.mul_(self.softcap)
+
     def logp(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-probabilities `[N, V]` at a temperature; float32 or better from low-precision hidden states."""
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            wide = torch.promote_types(torch.promote_types(hidden_ND.dtype, self.weight_VD.dtype), torch.float32)
-            logits_NV = hidden_ND.to(wide) @ self.weight_VD[: self.vocab_size].to(wide).T
-            if self.bias_V is not None:
-                logits_NV = logits_NV + self.bias_V[: self.vocab_size].to(wide)
-            if self.scale != 1.0:
-                logits_NV = logits_NV * self.scale
-            if self.softcap is not None:
-                logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
-            return torch.log_softmax(logits_NV / temperature, dim=-1)
+        logits_NV = self.logits(hidden_ND)
+        if temperature != 1.0:
+            logits_NV /= temperature
+        return logits_NV.log_softmax(-1) if logits_NV.requires_grad else log_softmax_(logits_NV)
 
 
-# fn(logq_MV, token slice) -> numbers [M, ...]: one comparison of the student's distribution with a teacher's evidence.
-Comparison = Callable[[Tensor, slice], Tensor]
+def _tracked(x_CD: Tensor, w_VD: Tensor) -> Tensor:
+    """x w^T with autograd where it is wanted."""
+    if not (x_CD.requires_grad or w_VD.requires_grad):
+        return products.rows_by_columns(x_CD, w_VD)
+    wide = products.wide_of(x_CD, w_VD)
+    return x_CD.to(wide) @ w_VD.to(wide).T
 
 
 @dataclass(frozen=True)
@@ -64,7 +124,7 @@ class TokenScores:
 def chunks(
     tokens: int, vocab_size: int, chunk_tokens: int | None = None, starts: Sequence[int] | None = None
 ) -> list[slice]:
-    """Consecutive slices of at most `chunk_tokens` tokens (default: near 16 MiB, and never all tokens at once).
+    """Consecutive slices of at most `chunk_tokens` tokens (default: near 32 MiB, and never all tokens at once).
 
     With `starts`, sorted and with 0, a slice begins only there, and is longer where two of them lie further apart.
     """
@@ -92,33 +152,18 @@ def score_tokens(
 ) -> TokenScores:
     """Log-prob of each target, entropy and divergences in one chunked pass; differentiable in hidden and head.
 
-    `starts` are the only places where a chunk may begin, for comparisons that couple neighbouring tokens.
-    Raises IndexError when a target is outside the head's vocabulary.
+    Also in what comparisons read that is trained. `starts` are the only places where a chunk may begin, for comparisons
+    that couple neighbouring tokens. Raises IndexError when a target is outside the head's vocabulary.
     """
     if len(targets_N):
         low, high = (int(x) for x in targets_N.aminmax())
         if low < 0 or high >= head.vocab_size:
             raise IndexError(f"tokens {low} to {high} are not all inside the vocabulary of {head.vocab_size}")
-    # Widened once: the head's gradient then adds up over chunks in float32 and is rounded a single time.
-    wide = torch.promote_types(torch.promote_types(hidden_ND.dtype, head.weight_VD.dtype), torch.float32)
-    weight_VD = head.weight_VD[: head.vocab_size].to(wide)
-
-    def one(hidden_MD: Tensor, weight_VD: Tensor, part: slice) -> tuple[Tensor, ...]:
-        logp_MV = replace(head, weight_VD=weight_VD).logp(hidden_MD, temperature)
-        out = [logp_MV.gather(-1, targets_N[part, None]).squeeze(-1)]
-        if entropy:
-            out.append(entropy_of(logp_MV))
-        return (*out, *(compare(logp_MV, part) for compare in comparisons))
-
-    pieces: list[tuple[Tensor, ...]] = []
-    for part in chunks(len(targets_N), head.vocab_size, chunk_tokens, starts):
-        if torch.is_grad_enabled():
-            piece = checkpoint(one, hidden_ND[part], weight_VD, part, use_reentrant=False, preserve_rng_state=False)
-        else:
-            piece = one(hidden_ND[part], weight_VD, part)
-        pieces.append(piece)
-    if not pieces:
+    if chunk_tokens is None and hidden_ND.is_cuda:
+        chunk_tokens = max(16, _CHUNK_ELEMENTS_ON_GPU // head.vocab_size)
+    parts = chunks(len(targets_N), head.vocab_size, chunk_tokens, starts)
+    if not parts:
         empty = (hidden_ND.sum() * 0.0).expand(0)
         return TokenScores(empty, empty if entropy else None, tuple(empty for _ in comparisons))
-    columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
-    return TokenScores(columns[0], columns[1] if entropy else None, tuple(columns[1 + entropy :]))
+    logp_N, entropy_N, *losses_N = run(Pass(head, targets_N, temperature, tuple(comparisons), parts), hidden_ND)
+    return TokenScores(logp_N, entropy_N if entropy else None, tuple(losses_N))

@@ -110,10 +110,12 @@ class Evidence:
 
         def within(logq_CV: Tensor, part: slice) -> Tensor:
             have_C = where_M[part] >= 0
-            index_C = index_M[part][have_C]
-            tokens = self._tokens(index_C, logq_CV[have_C].detach(), given)
+            if bool(have_C.all()):  # no copy of a chunk that is scored whole
+                return compare(self._tokens(index_M[part], logq_CV.detach(), given), logq_CV)
+            index_C, logq_KV = index_M[part][have_C], logq_CV[have_C]
             out_C = logq_CV.new_zeros(len(logq_CV), width)
-            return out_C.index_put((have_C.nonzero().squeeze(1),), compare(tokens, logq_CV[have_C]))
+            found_K = compare(self._tokens(index_C, logq_KV.detach(), given), logq_KV)
+            return out_C.index_put((have_C.nonzero().squeeze(1),), found_K)
 
         return within
 

@@ -20,10 +20,10 @@ from torch.nn import Module, Parameter
 from kdrl.config import Config
 from kdrl.errors import UserError
 from kdrl.objectives.base import ScheduleField
+from kdrl.objectives.logspace import relative_entropy
 from kdrl.objectives.schedules import Moment, Schedule
 from kdrl.seeds import derive
 from kdrl.teachers.prepare import PREPARATIONS, Preparation, PreparationConfig, Views
-from kdrl.teachers.soft_prompt import relative_entropy
 
 if TYPE_CHECKING:
     from kdrl.models import LoadedModel

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kdrl.objectives.base import ScheduleField
-from kdrl.objectives.logspace import entropy
+from kdrl.objectives.logspace import entropy, relative_entropy
 from kdrl.objectives.schedules import Schedule
 from kdrl.seeds import derive
 from kdrl.teachers.prepare import PREPARATIONS, Preparation, PreparationConfig, Views
-from kdrl.teachers.soft_prompt import relative_entropy
 
 if TYPE_CHECKING:
     from kdrl.models import LoadedModel

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from kdrl.errors import UserError
 from kdrl.objectives.base import ScheduleField
-from kdrl.objectives.logspace import finite
+from kdrl.objectives.logspace import relative_entropy
 from kdrl.objectives.schedules import Schedule
 from kdrl.seeds import derive
 from kdrl.teachers.prepare import PREPARATIONS, Preparation, PreparationConfig, Views
@@ -31,11 +31,6 @@ class SoftPromptConfig(PreparationConfig):
     init: str | None = None
     """Text whose embeddings the vectors start from, repeated to their number (PromptKD: "Suppose you are a student.");
     default: the embeddings of tokens drawn from the run's seed."""
-
-
-def relative_entropy(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p || q) `[C]` in nats from log-probs `[C, V]`; entries of no probability in p count zero."""
-    return (logp.exp() * (finite(logp) - finite(logq))).sum(-1)
 
 
 @PREPARATIONS.add("soft_prompt")

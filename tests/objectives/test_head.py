@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdrl.objectives.divergence import divergence_of
-from kdrl.objectives.head import Head, chunks, entropy_of, score_tokens
+from kdrl.objectives.head import CHUNK_ELEMENTS, Head, chunks, entropy_of, score_tokens
 from kdrl.objectives.specs import Divergence
 from kdrl.objectives.terms import DistillConfig
 
@@ -176,13 +176,13 @@ def test_entropy_by_hand_also_of_impossible_outcomes():
 def test_chunks_tile_the_tokens(tokens: int, vocabulary: int, size: int | None):
     parts = chunks(tokens, vocabulary, size)
     assert [i for part in parts for i in range(tokens)[part]] == list(range(tokens))
-    assert all(part.stop - part.start <= (size or max(16, (1 << 22) // vocabulary)) for part in parts)
+    assert all(part.stop - part.start <= (size or max(16, CHUNK_ELEMENTS // vocabulary)) for part in parts)
 
 
 def test_the_default_chunk_bounds_the_logits_of_a_large_vocabulary():
     longest = max(part.stop - part.start for part in chunks(100_000, 151_936))
     assert longest >= 16
-    assert longest * 151_936 <= 1 << 22
+    assert longest * 151_936 <= CHUNK_ELEMENTS
     assert len(chunks(100, 10)) > 1, "also where all logits would fit"
 
 
