@@ -49,6 +49,7 @@ from kdrl.trainer import Parts
 from kdrl.update import Updater
 from kdrl.vocab.checks import in_chunks
 from kdrl.vocab.pairing import check_alignment, checks_of, reading
+from kdrl.vocab.spaces import make_spaces
 
 Check = Callable[[], Sequence[str] | None]
 Observe = Callable[[str, Check], None]
@@ -265,6 +266,7 @@ class Builder:
             if params
         ]
         groups += [] if updater.features is None else updater.features.groups()
+        groups += [] if updater.spaces is None else updater.spaces.groups()
         return build_optimizer(
             groups,
             config.kind,
@@ -320,6 +322,7 @@ class Builder:
             device=self.device,
             privileged=self.writers.privileged(recipe.source),
         )
+        updater.attach(make_spaces(self.objective, self.student, self.models, recipe.seed))
         return Parts(
             recipe=recipe,
             run_dir=self.run_dir,

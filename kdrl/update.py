@@ -22,6 +22,7 @@ from kdrl.objectives.objective import Active, reduction, weighted_loss
 from kdrl.objectives.terms import PolicyGradient, TokenView
 from kdrl.teachers import Evidence
 from kdrl.teachers.base import Given
+from kdrl.vocab.spaces import Spaces
 
 
 @dataclass
@@ -93,13 +94,20 @@ class Updater:
         self.student = student
         self.budget = budget
         self.features = features
+        self.spaces: Spaces | None = None
         self.parameters: list[Parameter] = [p for p in student.model.parameters() if p.requires_grad]
         self.projectors: list[Parameter] = [] if features is None else list(features.named_parameters.values())
+
+    def attach(self, spaces: Spaces | None) -> None:
+        """Train the projectors of dual-space terms as well."""
+        self.spaces = spaces
+        self.projectors += [] if spaces is None else list(spaces.named_parameters.values())
 
     @property
     def named_parameters(self) -> dict[str, Parameter]:
         """The student's parameters and what is trained beside it, by their names in a checkpoint."""
-        beside = {} if self.features is None else self.features.named_parameters
+        each = (part.named_parameters for part in (self.features, self.spaces) if part is not None)
+        beside = {name: parameter for found in each for name, parameter in found.items()}
         return dict(self.student.model.named_parameters()) | beside
 
     @torch.no_grad()
@@ -143,13 +151,19 @@ class Updater:
         return hidden_BLD.flatten(0, 1)[micro.place_M]
 
     def _inside(self, scored: Scored, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """One pass of the student: its hidden states at the wanted tokens, and what feature terms make of the rest."""
+        """One pass of the student: its hidden states at the wanted tokens, and what some terms make of it."""
         watching = [a for a in scored.active if a.term.needs.features]
+        found: dict[str, Tensor] = {}
         if self.features is None or not watching:
-            return self._hidden(micro), {}
-        with self.features.watch(watching) as kept:
             hidden_MD = self._hidden(micro)
-        return hidden_MD, self.features.losses(watching, kept, hidden_MD, micro, scored.rollouts)
+        else:
+            with self.features.watch(watching) as kept:
+                hidden_MD = self._hidden(micro)
+            found = self.features.losses(watching, kept, hidden_MD, micro, scored.rollouts)
+        projecting = [a for a in scored.active if a.term.needs.projectors]
+        if self.spaces is not None and projecting:
+            found |= self.spaces.losses(projecting, hidden_MD, micro.index_M, scored)
+        return hidden_MD, found
 
     def accumulate(self, scored: Scored, rows: Sequence[int], tally: Tally | None = None) -> float:
         """Add the gradient of the objective on `rows`, one optimizer step's responses, to the student's; its loss."""
@@ -200,7 +214,8 @@ class Updater:
         coupled: Mapping[str, Tensor],
         tally: Tally | None,
     ) -> Tensor:
-        compared = [a for a in scored.active if a.term.needs.teacher == "distribution"]
+        reading = [a for a in scored.active if a.term.needs.teacher == "distribution"]
+        compared = [a for a in reading if not a.term.needs.projectors]
         targets_M = scored.rollouts.tokens_N[micro.index_M]
         hidden_MD, inside = self._inside(scored, micro)
         scores = score_tokens(
@@ -233,7 +248,7 @@ class Updater:
             if tally is not None:
                 tally.add_loss(active.name, float(term_loss.detach()))
                 _tally_policy(tally, active, view)
-                _tally_support(tally, active, view, found.get(active.name))
+                _tally_support(tally, active, view, found.get(active.name) if active.term.compared else None)
         if tally is not None:
             _tally_tokens(tally, scored, micro, scores.logp_N, scores.entropy_N)
         return total

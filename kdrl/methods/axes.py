@@ -25,7 +25,7 @@ PLAIN = {"forward_kl": "p||q", "reverse_kl": "q||p", "tv": "TV", "rank": "rank"}
 SIGNS = {"cross_entropy": "-log q", "policy_gradient": "reward", "entropy": "-H(q)", "chunk_kl": "q||p"}
 SIGNS |= {"sorted_distill": "sorted L1", "group_distill": "J(0.5) + sorted L1", "multilevel_distill": "L1 + Sinkhorn"}
 VOCABULARY = {"chunk_kl": "chunk", "overlap_distill": "overlap", "sorted_distill": "sort", "group_distill": "group"}
-VOCABULARY |= {"multilevel_distill": "sort + ot"}
+VOCABULARY |= {"multilevel_distill": "sort + ot", "dual_distill": "hidden(projector)"}
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,8 @@ def _comparison(entry: Entry) -> str:
     shown = plain(entry.config)
     if entry.name in ("distill", "chunk_distill", "overlap_distill"):
         text = _divergence(shown["divergence"])
+    elif entry.name == "dual_distill":
+        text = f"{_divergence(shown['divergence'])} in q's space + {_divergence(shown['in_teacher'])} in p's"
     elif entry.name == "batch_distill":
         text = words(shown["loss"])
     else:

@@ -70,6 +70,8 @@ class Needs:
     features: bool = False
     vocabulary: bool = False
     """The teacher reads the response in tokens of its own."""
+    projectors: bool = False
+    """Something is trained beside the student between its space and the teacher's."""
 
 
 class TermConfig(Config):

@@ -10,6 +10,7 @@ from kdrl.objectives.likelihood import CrossEntropy, EntropyBonus, ReferenceKL, 
 from kdrl.objectives.policy_gradient import PolicyGradient, PolicyGradientConfig, TeacherAnchor
 from kdrl.objectives.preference import Preference, PreferenceConfig
 from kdrl.objectives.returns import SequenceKL, SequenceKLConfig
+from kdrl.vocab.dual import DualDistill
 from kdrl.vocab.likelihood import ChunkDistill
 from kdrl.vocab.multilevel import MultilevelDistill
 from kdrl.vocab.terms import ChunkKL, GroupDistill, OverlapDistill, SortedDistill, VocabTerm
@@ -23,6 +24,7 @@ __all__ = [
     "CrossEntropy",
     "Distill",
     "DistillConfig",
+    "DualDistill",
     "EntropyBonus",
     "FeatureTerm",
     "GroupDistill",

@@ -42,6 +42,11 @@ def check_vocabulary_terms(recipe: Recipe, objective: Objective) -> None:
         if recipe.teacher is None and asked not in recipe.teachers:
             continue  # said where teachers are looked for
         section = section_of(recipe, asked)
+        if term.needs.projectors and (section.served is not None or section.cache is not None):
+            raise UserError(
+                f"objective.{name} reads the teacher's hidden states and embeddings, which no server or cache gives; "
+                f"load {asked} as a local model."
+            )
         unfit = [key for key in ("prepare", "served", "cache") if getattr(section, key, None) is not None]
         if unfit:
             raise UserError(

@@ -112,14 +112,15 @@ class Aligned:
 class VocabEvidence(Evidence):
     """Scores in chunks: `logp_N` is a chunk's log-prob in equal parts on its student tokens.
 
-    `where_N` is the chunk's first token among those that `inner` scored: at both models' first tokens of a chunk the
-    text before is the same.
+    `where_N` is the chunk's first token among those of `read` that `inner` scored: at both models' first tokens of a
+    chunk the text before is the same.
     """
 
     inner: Evidence | None = None
     chunks: Mapping[str, Tensor] = field(default_factory=dict)
     shared_2K: Tensor | None = None
     spaces_K: Tensor | None = None
+    read: Rollouts | None = None
 
     @property
     def columns(self) -> Mapping[str, Tensor]:
@@ -229,6 +230,7 @@ class VocabTeacher:
             chunks=columns,
             shared_2K=self.vocabularies.shared_2K.to(keep_N.device),
             spaces_K=torch.tensor(self.vocabularies.beginning[0], device=keep_N.device),
+            read=found.read,
         )
 
     def _begins(self, inner: Evidence, first_C: Tensor, wanted_C: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from .typed import BESIDE, OBJECTIVES
 
 # No whole step here: their own numbers are typed in typed.py, which names the tests of their formulas.
 ELSEWHERE = {"align-to-distill", "nd", "qat-kd", "tinybert", "vkd", "alm", "gold", "kdrl-chunk", "simple-ctkd", "uld"}
-ELSEWHERE |= {"alm-debiased", "multilevelot"}
+ELSEWHERE |= {"alm-debiased", "multilevelot", "dskd", "dskd-v2", "dskd-cma"}
 
 
 def found(name: str, step: Step, z: Array, only: str | None = None) -> tuple[float, Array]:

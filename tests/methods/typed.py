@@ -3,7 +3,8 @@
 Formulas of hidden states and attention are checked, with other numbers, by tests/features/test_step.py
 (test_value_and_gradient_from_transformers_own_outputs, test_nd_centres_are_means_of_equal_labels,
 test_statistics_are_of_the_whole_step, test_projectors_learn_and_stay_orthogonal); those across tokenizers by
-tests/vocab/test_terms.py (test_against_a_reference, test_every_token_of_a_chunk_carries_the_chunks_log_ratio).
+tests/vocab: test_terms.py (test_against_a_reference, test_every_token_of_a_chunk_carries_the_chunks_log_ratio) and the
+references of test_likelihood.py, test_multilevel.py and test_dual.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ GRPO = {"policy_gradient": {
     "advantage": "grpo", "ratio": "token", "clip": {"low": 0.2, "high": 0.2}, "reduce": "token_global",
 }}  # fmt: skip
 FORWARD_KL = {"divergence": "forward_kl", "support": "full"}
+
+SPACES = {"divergence": "forward_kl", "in_teacher": "forward_kl", "temperature": 2.0, "weight": 0.5}
 
 OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     "align-to-distill": [
@@ -52,6 +55,15 @@ OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     }}],
     "multilevelot": [{"cross_entropy": {}}, {"multilevel_distill": {
         "top": 50, "cross": 0.1, "transport": 1.0e-4, "weight": 1.5, "reduce": "sequence_mean",
+    }}],
+    "dskd": [{"cross_entropy": {"weight": 0.5}}, {"dual_distill": {
+        **SPACES, "align": "exact", "label": "text", "agree": False, "start": "random",
+    }}],
+    "dskd-v2": [{"cross_entropy": {"weight": 0.5}}, {"dual_distill": {
+        **SPACES, "align": "exact", "label": "teacher", "agree": True, "start": "heads",
+    }}],
+    "dskd-cma": [{"cross_entropy": {"weight": 0.5}}, {"dual_distill": {
+        **SPACES, "align": "attention", "label": "text", "agree": True, "start": "random",
     }}],
     "gold": [{"group_distill": {
         "divergence": {"jsd": {"beta": 0.5, "scale": "paper"}}, "skip_eos": True, "reduce": "sequence_mean",
@@ -95,6 +107,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "dpkd-sequence": {"source": PAIRS, "rollout": {"prompts": 32, "group": 1}},
     "redi": {"source": {"traces": {"path": "traces.jsonl", "take": "pair"}}, "rollout": {"prompts": 32, "group": 2}},
     **{name: {"source": "gold"} for name in ("alm", "alm-debiased", "multilevelot", "simple-ctkd", "uld")},
+    **{name: {"source": "gold"} for name in ("dskd", "dskd-v2", "dskd-cma")},
     **{name: {"source": "gold", "rollout": {"group": 1}} for name in ("align-to-distill", "nd", "tinybert", "vkd")},
     "qat-kd": {"source": "gold", "student": {"quantise": {"bits": 4}}, "rollout": {"group": 1}},
     "gold": {"source": {"mixture": 0.5}, "rollout": {"group": 1}},
