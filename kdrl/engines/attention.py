@@ -40,12 +40,13 @@ def single_query_attention(
     if attention_mask is not None:
         if attention_mask.shape[1] != 1:  # a mask a head, such as ALiBi
             attention_mask = attention_mask.reshape(rows, key.shape[1], -1, attention_mask.shape[-1])
-        score = _masked(score, attention_mask)
+        score = masked(score, attention_mask)
     mixed = torch.matmul(torch.softmax(score, -1), value)
     return mixed.view(rows, 1, heads, value.shape[-1]), None
 
 
-def _masked(score: Tensor, mask: Tensor) -> Tensor:
+def masked(score: Tensor, mask: Tensor) -> Tensor:
+    """Scores with a mask laid on in place: bool, or to be added."""
     return score.masked_fill_(~mask, torch.finfo(score.dtype).min) if mask.dtype == torch.bool else score.add_(mask)
 
 

@@ -47,26 +47,15 @@ class Sampler:
     """Chooses tokens for the last position of every row; the head is widened to float32 once."""
 
     def __init__(self, head: Head, options: SamplingOptions) -> None:
-        rows = head.vocab_size
-        self._head, self._options = head, options
         # Low-precision logits would round the policy itself (0.06 nats at a logit of 16 in bfloat16).
-        self._weight_DV = head.weight_VD.detach()[:rows].float().T
-        self._bias_V = None if head.bias_V is None else head.bias_V.detach()[:rows].float()
+        self._head, self._options = head.map(lambda tensor: tensor.detach().float()), options
+        # What an adapter multiplies is no bfloat16 number.
+        self._given = self._head.weight_VD if head.adapters else head.weight_VD
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Float32 logits [R, V] over the tokenizer's vocabulary, before temperature."""
-        with (
-            torch.autocast(hidden_RD.device.type, enabled=False),
-            exact_products(hidden_RD, self._head.weight_VD),
-        ):
-            logits_RV = hidden_RD.float() @ self._weight_DV
-        if self._bias_V is not None:
-            logits_RV += self._bias_V
-        if self._head.scale != 1.0:
-            logits_RV *= self._head.scale
-        if self._head.softcap is not None:
-            logits_RV = torch.tanh_(logits_RV / self._head.softcap) * self._head.softcap
-        return logits_RV
+        with torch.no_grad(), exact_products(hidden_RD, self._given):
+            return self._head.logits(hidden_RD.float())
 
     def _tempered(self, hidden_RD: Tensor) -> Tensor:
         logits_RV = self.logits(hidden_RD)
