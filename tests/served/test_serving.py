@@ -89,10 +89,32 @@ def test_it_becomes_the_server_and_hands_the_key_on_unseen(world: Path, tmp_path
     stub.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\necho "key=$VLLM_API_KEY" "$@"\n')
     stub.chmod(0o755)
     command = [sys.executable, "-m", "kdrl", "serve-teacher", str(world / "teacher"), "--key-env", "MY_KEY"]
-    command += ["--python", str(stub), "--port", "0"]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command += ["--python", str(stub), "--port", str(port)]
     done = subprocess.run(command, env=os.environ | {"MY_KEY": "s3cret"}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     *said, last = done.stdout.strip().splitlines()
     assert last.startswith("key=s3cret -m vllm.entrypoints.openai.api_server --model")
     assert "s3cret" not in "".join(said)
     assert "s3cret" not in last.removeprefix("key=s3cret")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--port", "99999"], "--port"),
+        (["--gpu-memory", "5"], "--gpu-memory"),
+        (["--max-length", "0"], "--max-length"),
+        (["--dtype", "fp32"], "--dtype fp32 is not known; it is one of auto, float32, bfloat16, float16"),
+        (["--", "--port=9"], "--port=9 after -- is said before it: --port"),
+        (["--", "--max_logprobs", "9"], "--max_logprobs after -- is said before it: --top-k"),
+        (["--", "--enable-prefix-caching"], "leaves cached prompt tokens without log-probs"),
+    ],
+    ids=str,
+)
+def test_flags_that_mean_nothing_or_undo_others_are_refused(kdrl: Kdrl, world: Path, words: list[str], told: str):
+    status, out, err = kdrl(world / "teacher", "--dry-run", *words)
+    assert (status, out) == (2, "")
+    assert told in err
