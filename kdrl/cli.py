@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from kdrl.bench.command import register as register_bench
 from kdrl.data.cache_teacher import register as register_cache
 from kdrl.data.commands import register
 from kdrl.errors import UserError
@@ -271,6 +272,7 @@ def report(
 register(app)
 register_cache(app)
 register_serving(app)
+register_bench(app)
 
 
 def _fail(text: str, status: int) -> None:

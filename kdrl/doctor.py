@@ -156,16 +156,16 @@ def _smaller(recipe: Recipe, effort: Effort) -> Recipe:
         change["group"] = min(effort.group, recipe.rollout.group)
     update: dict[str, Any] = {"rollout": recipe.rollout.model_copy(update=change)}
     if recipe.teacher is not None:
-        update["teacher"] = _unwritten(recipe.teacher)
+        update["teacher"] = unwritten(recipe.teacher)
     update["teachers"] = {
-        name: _unwritten(section) if isinstance(section, TeacherConfig) else section
+        name: unwritten(section) if isinstance(section, TeacherConfig) else section
         for name, section in recipe.teachers.items()
     }
     return recipe.model_copy(update=update)
 
 
-def _unwritten(section: TeacherConfig) -> TeacherConfig:
-    """The teacher without the cache that it would write to: an examination leaves nothing behind."""
+def unwritten(section: TeacherConfig) -> TeacherConfig:
+    """The teacher without the cache that it would write to, so that nothing is left behind."""
     writes = section.cache is not None and section.cache.write
     return section.model_copy(update={"cache": None}) if writes else section
 
