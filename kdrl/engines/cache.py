@@ -51,6 +51,16 @@ class RoomyLayer(DynamicLayer):
         """Columns that can be written before the buffers grow."""
         return self._buffers[0].shape[-2]
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Keys and values with the columns that are not written yet."""
+        return self._buffers
+
+    def advance(self) -> None:
+        """Count a column that was written into the buffers directly; there must be room for it."""
+        length = self.past[0].shape[-2] + 1
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows that are named, in that order; a row may be named more than once."""
         if self.keys is None or self.values is None:
@@ -73,7 +83,8 @@ class RoomyLayer(DynamicLayer):
     def _with_room(self, past: Tensor, needed: int, rows: Tensor | None = None) -> Tensor:
         count, heads, length, width = past.shape
         capacity = max(needed, min(self._limit, needed + max(_ROOM, needed // 2)))
-        buffer = past.new_empty(count if rows is None else rows.shape[0], heads, capacity, width)
+        # Zeros, because a static step multiplies what was never written by a weight of 0.
+        buffer = past.new_zeros(count if rows is None else rows.shape[0], heads, capacity, width)
         if rows is None:
             buffer[:, :, :length] = past
         else:

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from kdrl.engines.attention import fast_attention
 from kdrl.engines.cache import Encoded, RoomyLayer, new_cache, select_rows
 from kdrl.engines.fused import FusedStep, fusable
+from kdrl.engines.static import StaticStep
 from kdrl.models.heads import accepts, causal_lm, decoder_of
 from kdrl.models.loading import LoadedModel
 
@@ -21,6 +22,7 @@ from kdrl.models.loading import LoadedModel
 class Plan:
     """Which shortcuts a model's decode steps take; all off is the plain way that every architecture knows.
 
+    `static` needs `fused` and `roomy_cache`, and replays CUDA graphs.
     `compact` drops finished rows and `refill` gives their places to waiting prompts; both are off only to be measured.
     """
 
@@ -28,6 +30,7 @@ class Plan:
     ready_mask: bool = False
     single_query: bool = False
     fused: bool = False
+    static: bool = False
     compact: bool = True
     refill: bool = False
 
@@ -40,7 +43,8 @@ class Plan:
         sdpa = config._attn_implementation == "sdpa"
         exact = causal_lm(loaded.model).dtype == torch.float32 and loaded.config.autocast is None
         single = sdpa and exact and loaded.device.type == "cpu"
-        return Plan(True, plain and sdpa, single, fused=plain and sdpa and fusable(loaded), refill=plain)
+        fused = plain and sdpa and fusable(loaded)
+        return Plan(True, plain and sdpa, single, fused, static=fused and loaded.device.type == "cuda", refill=plain)
 
 
 def text_config(loaded: LoadedModel) -> Any:
@@ -88,6 +92,7 @@ class Rows:
         self._longest = max(map(len, prompts)) + steps
         self._fused = FusedStep(loaded, self._longest) if plan.fused else None
         self._last: Encoded | None = None
+        self._static: StaticStep | None = None
         self._prefill(prompts)
 
     def step(self, token_B: Tensor) -> None:
@@ -97,11 +102,20 @@ class Rows:
         # A finished row may go on for a while before its place is taken.
         self._position_B1 = (self._position_B1 + 1).clamp(max=self._longest - 1)
         mask = None if self._mask is None else self._mask[..., : self._written]
+        if self._fused is not None and self.plan.static:
+            self.hidden_BD = self._static_step(self._fused, token_B)
+            return
         if self._fused is not None:
-            self.hidden_BD = self._fused(token_B, self._position_B1, mask, self._cache)
+            self.hidden_BD = self._fused(token_B, self._position_B1, mask, self._cache.update)
             return
         with fast_attention(self._config, self.plan.single_query):
             self.hidden_BD = self._forward(token_B[:, None], mask, self._position_B1, self._cache)[:, -1]
+
+    def _static_step(self, fused: FusedStep, token_B: Tensor) -> Tensor:
+        if self._static is None or not self._static.fits(len(token_B)):
+            layers: list[Any] = self._cache.layers
+            self._static = StaticStep(fused, layers, len(token_B), self.device)
+        return self._static(token_B, self._position_B1, self._start_B1, self._written - 1)
 
     def keep(self, keep_B: Tensor) -> None:
         """Drop all rows but the named ones."""
@@ -169,7 +183,7 @@ class Rows:
 
     def _make_room(self) -> None:
         """Before buffers grow, forget the columns that no row needs any more; only refilled rows leave such."""
-        if not self.plan.refill or self._written < self._capacity:
+        if not (self.plan.refill or self.plan.static) or self._written < self._capacity:
             return
         first = int(self._start_B1.min())
         for layer in self._cache.layers:
@@ -183,7 +197,8 @@ class Rows:
     def _capacity(self) -> int:
         """Columns until the buffers must grow."""
         layer = self._cache.layers[0]
-        return layer.capacity if self.plan.refill and isinstance(layer, RoomyLayer) else self._longest
+        moves = self.plan.refill or self.plan.static
+        return layer.capacity if moves and isinstance(layer, RoomyLayer) else self._longest
 
     def _made_mask(self) -> Tensor:
         """Which columns each row may see, for all columns that may be written before it is made anew."""

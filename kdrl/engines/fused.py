@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache
 
 from kdrl.engines.attention import masked
 from kdrl.models.heads import causal_lm, decoder_of
@@ -108,7 +107,7 @@ class _Block:
         self.turns = bool(getattr(attention, "use_rope", True))
 
     def __call__(
-        self, x_BD: Tensor, dtype: torch.dtype, cos: Tensor, sin: Tensor, cache: DynamicCache, attend: Attend
+        self, x_BD: Tensor, dtype: torch.dtype, cos: Tensor, sin: Tensor, store: Store, attend: Attend
     ) -> Tensor:
         rows, heads, kv_heads = x_BD.shape[0], self.heads, self.kv_heads
         mixed = self.qkv(_norm(self.before, x_BD).to(dtype)).view(rows, heads + 2 * kv_heads, self.width)
@@ -117,13 +116,15 @@ class _Block:
             qk = functional.rms_norm(qk, (self.width,), None, self.eps) * self.qk_HW
         if self.turns:
             qk = torch.addcmul(qk * cos, qk.roll(self.width // 2, -1), sin)
-        keys, values = cache.update(qk[:, heads:, None], value[:, :, None], self.number)
+        keys, values = store(qk[:, heads:, None], value[:, :, None], self.number)
         out = attend(qk[:, :heads], keys, values, self.scale)
         x_BD = self.o.onto(x_BD, out.to(dtype))
         gate, up = self.gate_up(_norm(self.between, x_BD).to(dtype)).chunk(2, -1)
         return self.down.onto(x_BD, functional.silu(gate).mul_(up))
 
 
+# fn(keys and values [B, H_kv, 1, W] of the new token, layer) -> those of all tokens [B, H_kv, L, W].
+Store = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 # fn(query [B, H, W], keys and values [B, H_kv, L, W], scale) -> [B, H * W].
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -147,7 +148,7 @@ class FusedStep:
         if self._cos_LW.shape[-1] != self._blocks[0].width:
             raise ValueError("part of each head turns with its position, which a fused step does not know")
 
-    def __call__(self, token_B: Tensor, position_B1: Tensor, mask: Tensor | None, cache: DynamicCache) -> Tensor:
+    def __call__(self, token_B: Tensor, position_B1: Tensor, mask: Tensor | None, store: Store) -> Tensor:
         """Hidden states [B, D] after the final norm; `mask` [B, 1, 1, L] is bool, or added to scores."""
         cos, sin = self._cos_LW[position_B1], self._sin_LW[position_B1]
 
@@ -157,7 +158,7 @@ class FusedStep:
         with torch.autocast(token_B.device.type, enabled=False):
             x_BD = functional.embedding(token_B, self._embed.weight)
             for block in self._blocks:
-                x_BD = block(x_BD, self._dtype, cos, sin, cache, attend)
+                x_BD = block(x_BD, self._dtype, cos, sin, store, attend)
             return _norm(self._final, x_BD)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None) -> Tensor:

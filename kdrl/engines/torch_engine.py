@@ -143,7 +143,8 @@ def falling(prompts: Sequence[Sequence[int]]) -> list[int]:
 def _right_plan(loaded: LoadedModel) -> Plan:
     """The fastest plan whose steps reproduce the model's full forward pass."""
     best = Plan.fastest(loaded)
-    for plan in dict.fromkeys((best, replace(best, fused=False), Plan(roomy_cache=True), Plan())):
+    plain = replace(best, fused=False, static=False)
+    for plan in dict.fromkeys((best, replace(best, static=False), plain, Plan(roomy_cache=True), Plan())):
         with contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
             if _reproduces(loaded, plan):
                 return plan

@@ -24,7 +24,11 @@ def plain(plan: Plan) -> Plan:
     return replace(plan, fused=False)
 
 
-@pytest.mark.parametrize("change", [fused, plain])
+def static(plan: Plan) -> Plan:
+    return replace(plan, fused=True, static=True)
+
+
+@pytest.mark.parametrize("change", [fused, plain, static])
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen2", "gpt2"])
 def test_refilled_rows_write_what_fresh_rows_write(architecture, change, monkeypatch):
     """Prompts of six lengths through four rows: buffers move, masks are made anew, places change hands."""
