@@ -1,13 +1,16 @@
-"""Rollouts of one step as flat tokens, and their split into padded micro-batches by a token budget.
+"""Rollouts of one step as flat tokens, and their split into micro-batches by a token budget.
 
-N counts response tokens of the whole step, row by row; a micro-batch holds whole responses, so a term can average over
-a response. Padding is on the right, where a causal model cannot see it.
+N counts response tokens of the whole step, row by row; a micro-batch holds all wanted tokens of its responses, so a
+term can average over a response. Packed, it is one row of tokens in which a prompt stands once for all its responses;
+padded, a response a row, with padding on the right, where a causal model cannot see it. What stands after a response's
+last wanted token is left out of both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -115,11 +118,21 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of a packed row that see themselves causally, and all of segment number `parent`."""
+
+    start: int
+    length: int
+    parent: int | None = None
+
+
+@dataclass(frozen=True)
 class MicroBatch:
-    """Whole responses laid out for one forward pass, and where the wanted tokens' predictions stand.
+    """Responses laid out for one forward pass, and where the wanted tokens' predictions stand.
 
     `index_M` are positions in the step's N tokens; `place_M` the flat B*L positions whose hidden state predicts them;
-    `row_M` the response within this micro-batch.
+    `row_M` the response within this micro-batch; `longest` tokens that one response is read with. A packed one has
+    `segments`, and B is 1.
     """
 
     rows: tuple[int, ...]
@@ -128,19 +141,54 @@ class MicroBatch:
     index_M: Tensor
     place_M: Tensor
     row_M: Tensor
+    longest: int
+    segments: tuple[Segment, ...] = ()
 
 
-def _length(response: Response, privileged: bool) -> int:
-    prompt = response.privileged_ids if privileged else response.prompt_ids
-    return len(prompt or ()) + len(response.token_ids) - 1
+# Keys and values of a shared prompt are copied for each of its responses: this part of what a token costs in a layer.
+_COPY = 1 / 8
 
 
-def pack_rows(rollouts: Rollouts, rows: Sequence[int], budget: int, *, privileged: bool = False) -> list[list[int]]:
-    """Group rows by length so that rows x longest stays within `budget` tokens; a longer single row stands alone."""
-    ordered = sorted(rows, key=lambda row: (_length(rollouts.responses[row], privileged), row))
+def read_lengths(rollouts: Rollouts, wanted_N: Tensor) -> list[int | None]:
+    """How many tokens of each response are read to predict its last wanted one; None where none is wanted."""
+    ends = wanted_N.cpu().nonzero().squeeze(1)
+    last_B = torch.full((rollouts.rows,), -1).scatter_reduce_(0, rollouts.row_N.cpu()[ends], ends, "amax")
+    pairs = zip(last_B.tolist(), rollouts.offsets, strict=False)
+    return [None if last < 0 else last - start for last, start in pairs]
+
+
+def _prompt(response: Response, privileged: bool) -> list[int]:
+    return (response.privileged_ids if privileged else response.prompt_ids) or []
+
+
+def pack_rows(
+    rollouts: Rollouts,
+    rows: Sequence[int],
+    wanted_N: Tensor,
+    budget: int,
+    *,
+    packed: bool = False,
+    privileged: bool = False,
+) -> list[list[int]]:
+    """Group the rows with a wanted token by length, `budget` tokens at a time; a longer single row stands alone.
+
+    A budget counts rows x longest, or packed a prompt once for its rows and an eighth of its tokens for each of them.
+    Rows of one prompt stay together where they fit.
+    """
+    read = read_lengths(rollouts, wanted_N)
+    groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for row in rows:
+        length = read[row]
+        if length is not None:
+            prompt = _prompt(rollouts.responses[row], privileged)
+            groups.setdefault(tuple(prompt), []).append((length, row))
+    for members in groups.values():
+        members.sort()
+    if packed:
+        return _packs(groups, budget)
+    ordered = sorted((len(prompt) + length, row) for prompt, members in groups.items() for length, row in members)
     packs: list[list[int]] = []
-    for row in ordered:
-        length = _length(rollouts.responses[row], privileged)
+    for length, row in ordered:
         if packs and length * (len(packs[-1]) + 1) <= budget:
             packs[-1].append(row)
         else:
@@ -148,27 +196,96 @@ def pack_rows(rollouts: Rollouts, rows: Sequence[int], budget: int, *, privilege
     return packs
 
 
+def _packs(groups: dict[tuple[int, ...], list[tuple[int, int]]], budget: int) -> list[list[int]]:
+    packs: list[list[int]] = []
+    room = 0.0
+    for prompt, members in sorted(groups.items(), key=lambda item: (len(item[0]) + item[1][-1][0], item[1])):
+        while members:
+            costs = [len(prompt) + n for n in accumulate(length for length, _ in members)]
+            costs = [costs[0], *(cost + _COPY * n * len(prompt) for n, cost in enumerate(costs[1:], start=2))]
+            if costs[-1] > room:
+                packs.append([])
+                room = budget
+            count = max(1, sum(cost <= room for cost in costs))
+            packs[-1] += [row for _, row in members[:count]]
+            room -= costs[count - 1]
+            members = members[count:]
+    return packs
+
+
+@dataclass
+class _Form:
+    """Token ids of a layout, and of each response the place of its prompt's last token and of its own first."""
+
+    ids: list[list[int]]
+    prompt_end: list[int]
+    own_start: list[int]
+    segments: list[Segment] = field(default_factory=list)
+
+
 def lay_out(
-    rollouts: Rollouts, rows: Sequence[int], wanted_N: Tensor, pad_id: int, *, privileged: bool = False
+    rollouts: Rollouts,
+    rows: Sequence[int],
+    wanted_N: Tensor,
+    pad_id: int,
+    *,
+    packed: bool = False,
+    privileged: bool = False,
 ) -> MicroBatch:
-    """Pad `rows` on the right into one batch; `wanted_N` says which response tokens will be scored.
+    """Put `rows` into one batch, packed or padded; `wanted_N` says which response tokens will be scored.
 
     With `privileged` the prompt is the one with the privileged context.
     """
     device = rollouts.tokens_N.device
+    read = read_lengths(rollouts, wanted_N)
     responses = [rollouts.responses[row] for row in rows]
-    longest = max(_length(r, privileged) for r in responses)
-    ids, mask, index, place, local = [], [], [], [], []
-    for i, (row, response) in enumerate(zip(rows, responses, strict=True)):
-        prompt = (response.privileged_ids if privileged else response.prompt_ids) or []
-        # The last token is never an input: nothing is predicted from it.
-        text = prompt + response.token_ids[:-1]
-        ids.append(text + [pad_id] * (longest - len(text)))
-        mask.append([1] * len(text) + [0] * (longest - len(text)))
-        start, end = rollouts.span(row)
-        chosen = wanted_N[start:end].nonzero().squeeze(1)
-        index.append(chosen + start)
-        place.append(chosen + (i * longest + len(prompt) - 1))
-        local.append(torch.full_like(chosen, i))
-    ids_BL, mask_BL = (torch.tensor(x, dtype=torch.long, device=device) for x in (ids, mask))
-    return MicroBatch(tuple(rows), ids_BL, mask_BL, torch.cat(index), torch.cat(place), torch.cat(local))
+    texts = [(_prompt(r, privileged), r.token_ids[: read[row] or 0]) for row, r in zip(rows, responses, strict=True)]
+    longest = max(len(prompt) + len(own) for prompt, own in texts)
+    form = _packed(texts) if packed else _padded(texts, longest, pad_id)
+    lengths = torch.tensor([len(row) for row in form.ids])
+    width = max(map(len, form.ids))
+    ids_BL = torch.tensor([row + [pad_id] * (width - len(row)) for row in form.ids])
+    mask_BL = (torch.arange(width) < lengths[:, None]).long()
+
+    spans = [torch.arange(*rollouts.span(row)) for row in rows]
+    row_M = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(span) for span in spans]))
+    index_M, offset_M = torch.cat(spans), torch.cat([torch.arange(len(span)) for span in spans])
+    kept_M = wanted_N.cpu()[index_M]
+    index_M, offset_M, row_M = index_M[kept_M], offset_M[kept_M], row_M[kept_M]
+    end_B, own_B = torch.tensor(form.prompt_end), torch.tensor(form.own_start)
+    place_M = torch.where(offset_M == 0, end_B[row_M], own_B[row_M] + offset_M - 1)
+    ids_BL, mask_BL, index_M, place_M, row_M = (x.to(device) for x in (ids_BL, mask_BL, index_M, place_M, row_M))
+    return MicroBatch(tuple(rows), ids_BL, mask_BL, index_M, place_M, row_M, longest, tuple(form.segments))
+
+
+def _padded(texts: Sequence[tuple[list[int], list[int]]], longest: int, pad_id: int) -> _Form:
+    starts = [i * longest + len(prompt) for i, (prompt, _) in enumerate(texts)]
+    return _Form([prompt + own for prompt, own in texts], [start - 1 for start in starts], starts)
+
+
+def _packed(texts: Sequence[tuple[list[int], list[int]]]) -> _Form:
+    """Prompts of several responses, then whole responses with a prompt of their own, then those of shared prompts."""
+    sharing: dict[tuple[int, ...], list[int]] = {}
+    for i, (prompt, _) in enumerate(texts):
+        sharing.setdefault(tuple(prompt), []).append(i)
+    shared = sorted((key for key, members in sharing.items() if len(members) > 1), key=len)
+    alone = sorted((m[0] for m in sharing.values() if len(m) == 1), key=lambda i: len(texts[i][0]) + len(texts[i][1]))
+    form = _Form([[]], [0] * len(texts), [0] * len(texts))
+    (row,) = form.ids
+
+    def add(tokens: Sequence[int], parent: int | None = None) -> int:
+        form.segments.append(Segment(len(row), len(tokens), parent))
+        row.extend(tokens)
+        return form.segments[-1].start
+
+    ends = [add(key) + len(key) - 1 for key in shared]
+    for i in alone:
+        prompt, own = texts[i]
+        form.own_start[i] = add(prompt + own) + len(prompt)
+        form.prompt_end[i] = form.own_start[i] - 1
+    for number, (key, end) in enumerate(zip(shared, ends, strict=True)):
+        for i in sorted(sharing[key], key=lambda i: len(texts[i][1])):
+            form.prompt_end[i] = end
+            if texts[i][1]:
+                form.own_start[i] = add(texts[i][1], number)
+    return form

@@ -1,7 +1,7 @@
 """One optimizer step on a set of responses: micro-batches, the summed loss of all terms, clipping, bad numbers.
 
 Token weights are fixed over the global batch before the first micro-batch, so how it is split changes nothing.
-Left out: packing without padding, several processes.
+Left out: several processes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from kdrl.batch import MicroBatch, Rollouts, lay_out, pack_rows
+from kdrl.batch import MicroBatch, Rollouts, lay_out
 from kdrl.features.live import Features
-from kdrl.models import LoadedModel, head_of, hidden_states
+from kdrl.models import LoadedModel, head_of
+from kdrl.models.packing import micro_batches, wanted_states
 from kdrl.objectives.head import Comparison, score_tokens
 from kdrl.objectives.objective import Active, reduction, weighted_loss
 from kdrl.objectives.terms import PolicyGradient, TokenView
@@ -88,7 +89,7 @@ class Scored:
 
 
 class Updater:
-    """Accumulates gradients of the objective on the student, `budget` padded tokens at a time."""
+    """Accumulates gradients of the objective on the student, `budget` tokens at a time."""
 
     def __init__(self, student: LoadedModel, budget: int, features: Features | None = None) -> None:
         self.student = student
@@ -118,8 +119,8 @@ class Updater:
         logp_N = torch.zeros(rollouts.tokens, device=rollouts.tokens_N.device)
         entropy_N = torch.zeros_like(logp_N)
         head = head_of(self.student)
-        for pack in pack_rows(rollouts, range(rollouts.rows) if rows is None else rows, self.budget):
-            micro = lay_out(rollouts, pack, rollouts.trained_N, self.student.pad_id)
+        rows = range(rollouts.rows) if rows is None else rows
+        for micro in micro_batches(self.student, rollouts, rows, rollouts.trained_N, self.budget):
             scores = score_tokens(
                 head,
                 self._hidden(micro),
@@ -137,8 +138,7 @@ class Updater:
         """One number per kept token `[N]` from student and teacher distributions, without gradient."""
         rollouts = scored.rollouts
         out_N = torch.zeros(rollouts.tokens, device=rollouts.tokens_N.device)
-        for pack in pack_rows(rollouts, sorted(set(rollouts.row_N[keep_N].tolist())), self.budget):
-            micro = lay_out(rollouts, pack, keep_N, self.student.pad_id)
+        for micro in micro_batches(self.student, rollouts, range(rollouts.rows), keep_N, self.budget):
             targets_M, compare = rollouts.tokens_N[micro.index_M], comparison(micro.index_M)
             head, hidden_MD = head_of(self.student), self._hidden(micro)
             scores = score_tokens(head, hidden_MD, targets_M, temperature=scored.temperature, comparisons=[compare])
@@ -146,9 +146,7 @@ class Updater:
         return out_N
 
     def _hidden(self, micro: MicroBatch) -> Tensor:
-        with self.student.autocast():
-            hidden_BLD = hidden_states(self.student, micro.input_ids_BL, micro.attention_mask_BL)
-        return hidden_BLD.flatten(0, 1)[micro.place_M]
+        return wanted_states(self.student, micro)
 
     def _inside(self, scored: Scored, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """One pass of the student: its hidden states at the wanted tokens, and what some terms make of it."""
@@ -172,13 +170,13 @@ class Updater:
         wanted_N = torch.zeros(rollouts.tokens, dtype=torch.bool, device=rollouts.tokens_N.device)
         for active in scored.active:
             wanted_N |= active.wanted_N(rollouts.row_N, rollouts.rows)
-        useful = set(rollouts.row_N[wanted_N].tolist())
         coupled = self._couple(scored, rows, wanted_N, tally)
         if self.features is not None:
             self.features.prepare(scored.active, rollouts, rows)
         total = 0.0
-        for pack in pack_rows(rollouts, [row for row in rows if row in useful], self.budget):
-            micro = lay_out(rollouts, pack, wanted_N, self.student.pad_id)
+        # What a feature term reads between the layers is laid out a response a row.
+        watched = self.features is not None and any(a.term.needs.features for a in scored.active)
+        for micro in micro_batches(self.student, rollouts, rows, wanted_N, self.budget, padded=watched):
             loss = self._loss(scored, micro, weights, coupled, tally)
             if loss.requires_grad:
                 loss.backward()

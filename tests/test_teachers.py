@@ -9,7 +9,7 @@ import torch
 from tiny import MODEL, copied, made_responses, plain_logp, toy
 
 from kdrl.batch import Rollouts
-from kdrl.models import LoraConfig, ModelConfig, NewModel, NewTokenizer, load_model
+from kdrl.models import LoraConfig, ModelConfig, NewModel, NewTokenizer, load_model, packing
 from kdrl.objectives.objective import token_data
 from kdrl.objectives.terms import Distill, DistillConfig
 from kdrl.teachers import LocalTeacher, ReferenceTeacher, SelfTeacher
@@ -45,17 +45,30 @@ def test_scores_are_the_models_own(teacher: Any, rollouts: Rollouts, budget: int
     assert found.hidden_MD is None
 
 
-def test_only_asked_tokens_are_scored_and_only_their_responses_read(teacher: Any, rollouts: Rollouts):
+@pytest.mark.parametrize("packed", [True, False])
+def test_only_asked_tokens_are_scored_and_only_what_leads_to_them_is_read(
+    teacher: Any, rollouts: Rollouts, packed: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(packing, "packs", lambda loaded: packed)
     keep = torch.zeros_like(rollouts.trained_N)
     keep[[0, 2, 9, 40]] = True
     read: list[int] = []
     hook = teacher.model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+        lambda module, args, kwargs: read.extend(kwargs["input_ids"][0].tolist()), with_kwargs=True
     )
-    found = LocalTeacher(teacher, 50).score(rollouts, keep, "distribution", 1.0)
+    # A row a pass when padded, so that no padding is among what was read.
+    found = LocalTeacher(teacher, 4096 if packed else 1).score(rollouts, keep, "distribution", 1.0)
     hook.remove()
-    touched = rollouts.row_N[keep].unique()
-    assert found.calls == sum(read) == len(touched) < rollouts.rows
+    touched = rollouts.row_N[keep].unique().tolist()
+    assert found.calls == len(touched) < rollouts.rows
+    prompts, texts = set(), []
+    for row in touched:
+        response, (start, end) = rollouts.responses[row], rollouts.span(row)
+        last = int(keep[start:end].nonzero()[-1])
+        texts += response.token_ids[:last]
+        texts += [] if packed and response.group in prompts else response.prompt_ids
+        prompts.add(response.group)
+    assert sorted(read) == sorted(texts)
     assert torch.equal(found.scored_N, keep)
     assert found.hidden_MD is not None
     assert len(found.hidden_MD) == 4

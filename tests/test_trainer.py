@@ -24,6 +24,7 @@ from tiny import (
 import kdrl
 import kdrl.errors
 from kdrl.batch import Rollouts
+from kdrl.models.packing import packs
 from kdrl.objectives.terms import TokenView
 from kdrl.teachers import Evidence, LocalTeacher
 from kdrl.trainer import Parts, RunError
@@ -46,16 +47,17 @@ def blip(step: int, total: int, at: int) -> float:
 
 
 class SpyTeacher:
-    """A teacher that remembers which responses it was asked about, and how many rows its model really read."""
+    """A teacher that remembers which responses it was asked about, and how many tokens its model really read."""
 
     def __init__(self, inner: LocalTeacher) -> None:
         self.inner = inner
         self.asked: list[set[int]] = []
-        self.rows_read = 0
+        self.tokens_read = 0
+        assert packs(inner.loaded)
         inner.loaded.model.model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: Any, args: Any, kwargs: Any) -> None:
-        self.rows_read += len(kwargs["input_ids"])
+        self.tokens_read += kwargs["input_ids"].numel()
 
     def score(self, rollouts: Rollouts, keep_N: torch.Tensor, need: Any, temperature: float) -> Evidence:
         self.asked.append(set(rollouts.row_N[keep_N].tolist()))
@@ -104,14 +106,17 @@ def test_kdrls_gradient_on_real_rollouts_is_advantage_plus_beta_r(world: Path, t
 def test_a_masked_response_costs_no_teacher_call(world: Path, tmp_path: Path):
     with parts_of(raw_recipe(world, "kdrl-mask-response", **with_teacher(world)), tmp_path) as parts:
         updater, spy = spied(parts)
-        read_before = spy.rows_read
         trainer = go(parts)
         batches = [s.scored.rollouts for s in updater.seen]
         wrong = [{i for i, r in enumerate(b.responses) if not r.correct} for b in batches]
         assert spy.asked == wrong
         count = sum(map(len, wrong))
         assert 0 < count < sum(b.rows for b in batches), "the mask must have had something to do"
-        assert spy.rows_read - read_before == count == trainer.progress.teacher_calls
+        assert count == trainer.progress.teacher_calls
+        texts = [(b, b.responses[i]) for b, rows in zip(batches, wrong, strict=True) for i in rows]
+        prompts = {(id(b), tuple(r.prompt_ids)) for b, r in texts}
+        own = sum(len(r.token_ids) - 1 for _, r in texts)
+        assert spy.tokens_read == own + sum(len(ids) for _, ids in prompts), "a prompt once for its responses"
         assert trainer.progress.teacher_calls_saved == sum(b.rows for b in batches) - count
         last = rows_of(tmp_path)[-1]
         assert (last["teacher_calls"], last["teacher_calls_saved"]) == (count, sum(b.rows for b in batches) - count)

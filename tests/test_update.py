@@ -98,7 +98,11 @@ def test_splitting_padding_order_and_chunks_leave_the_gradient(
 
 def test_micro_batches_really_differ():
     rollouts = Rollouts.of(made_responses())
-    assert [len(pack_rows(rollouts, range(9), budget)) for budget in (1, 60, 4096)] == [9, 4, 1]
+    wanted_N = rollouts.trained_N
+    counts = {
+        p: [len(pack_rows(rollouts, range(9), wanted_N, b, packed=p)) for b in (1, 60, 4096)] for p in (False, True)
+    }
+    assert counts == {False: [9, 4, 1], True: [9, 3, 1]}
 
 
 def test_optimizer_steps_on_parts_of_a_batch_add_up_under_sum(student: LoadedModel, teacher: LoadedModel):

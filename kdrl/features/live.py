@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from kdrl.batch import MicroBatch, Rollouts, lay_out, pack_rows
+from kdrl.batch import MicroBatch, Rollouts
 from kdrl.errors import UserError
 from kdrl.features.config import FeatureConfig
 from kdrl.features.losses import (
@@ -32,6 +32,7 @@ from kdrl.model_shape import ModelShape
 from kdrl.models import LoadedModel, hidden_states
 from kdrl.models.features import Kept, Tap, Wanted
 from kdrl.models.heads import causal_lm
+from kdrl.models.packing import micro_batches
 from kdrl.objectives.objective import Active, Objective
 
 
@@ -163,9 +164,7 @@ class Features:
         if not asking:
             return
         keep_N = torch.stack([a.keep_N for a in asking]).any(0)
-        touched = set(rollouts.row_N[keep_N].tolist())
-        for pack in pack_rows(rollouts, [row for row in rows if row in touched], self.budget):
-            micro = lay_out(rollouts, pack, keep_N, self.teacher.pad_id)
+        for micro in micro_batches(self.teacher, rollouts, rows, keep_N, self.budget, padded=True):
             side = self._teach([a.name for a in asking], micro)
             for each in asking:
                 live = self.live[each.name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 _NAME = "kdrl_float32"
+# The attention function of `kdrl.models.packing`.
+PACKED = "kdrl_packed"
 
 
 def float32_attention(
@@ -27,28 +30,42 @@ def float32_attention(
 
 
 def attends_in_float32(lm: Any) -> bool:
-    """Whether a forward pass now will be differentiated in bfloat16 on a CPU, and not recomputed in the backward."""
+    """Whether a forward pass now will be differentiated in bfloat16 on a CPU."""
     weight = next(lm.parameters())
     low = weight.dtype == torch.bfloat16 or torch.is_autocast_enabled(weight.device.type)
-    # What is recomputed in the backward pass must be what the forward pass did, and that is after this context.
-    recomputed = getattr(lm, "is_activation_checkpointing", None)
-    if recomputed is None:  # the name before transformers 5.2x
-        recomputed = getattr(lm, "is_gradient_checkpointing", False)
-    return low and weight.device.type == "cpu" and torch.is_grad_enabled() and not recomputed
+    return low and weight.device.type == "cpu" and torch.is_grad_enabled()
 
 
 @contextlib.contextmanager
-def training_attention(lm: Any) -> Iterator[None]:
-    """While inside, a forward pass that will be differentiated in bfloat16 on a CPU attends in float32."""
+def training_attention(lm: Any, packed: bool = False) -> Iterator[None]:
+    """While inside, a forward pass attends packed, or in float32 where it will be differentiated in bfloat16 on a CPU.
+
+    Raises NotImplementedError where a packed pass is asked of a model that does not attend by `sdpa`.
+    """
     config = lm.config.get_text_config()
-    if config._attn_implementation != "sdpa" or not attends_in_float32(lm):
+    plain = config._attn_implementation == "sdpa"
+    if packed and not plain:
+        raise NotImplementedError(f"packed attention in the place of {config._attn_implementation}")
+    name = PACKED if packed else _NAME if plain and attends_in_float32(lm) else config._attn_implementation
+    with _attending(config, name):
         yield
-        return
-    config._attn_implementation = _NAME
+
+
+@contextlib.contextmanager
+def _attending(config: Any, name: str) -> Iterator[None]:
+    held = config._attn_implementation
+    config._attn_implementation = name
     try:
         yield
     finally:
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = held
+
+
+def same_attention(config: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `torch.utils.checkpoint`: a layer is computed again with the attention that its forward pass had."""
+    name = config._attn_implementation
+    ours = name in (_NAME, PACKED)
+    return contextlib.nullcontext(), _attending(config, name) if ours else contextlib.nullcontext()
 
 
 AttentionInterface.register(_NAME, float32_attention)

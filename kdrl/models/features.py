@@ -180,7 +180,11 @@ class Tap:
     def _recorded(self, kept: Kept, layers: frozenset[int] | None) -> Iterator[_Recording]:
         config = self.lm.config.get_text_config()
         inner = config._attn_implementation
-        in_float32 = inner == "sdpa" and attends_in_float32(self.lm)
+        # What is recomputed in the backward pass, which is after this context, must be what the forward pass did.
+        recomputed = getattr(self.lm, "is_activation_checkpointing", None)
+        if recomputed is None:  # the name before transformers 5.2x
+            recomputed = getattr(self.lm, "is_gradient_checkpointing", False)
+        in_float32 = inner == "sdpa" and attends_in_float32(self.lm) and not recomputed
         recording = _Recording(inner, in_float32, layers, kept)
         _RECORDING.append(recording)
         config._attn_implementation = _NAME

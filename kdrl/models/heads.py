@@ -13,6 +13,7 @@ from kdrl.errors import UserError
 from kdrl.models.attention import training_attention
 
 if TYPE_CHECKING:
+    from kdrl.models.packing import Packing
     from kdrl.objectives.head import Head
 
 # What architectures multiply or divide their logits by; the check at load tells when one is missing here.
@@ -46,20 +47,30 @@ def accepts(kind: type[nn.Module], argument: str) -> bool:
 
 
 def hidden_states(
-    model: Any, input_ids_BL: Tensor, attention_mask_BL: Tensor | None, position_ids_BL: Tensor | None = None
+    model: Any,
+    input_ids_BL: Tensor,
+    attention_mask_BL: Tensor | None,
+    position_ids_BL: Tensor | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """Hidden states [B, L, D] after the final norm and before the head; logits are never made.
 
-    Positions are counted from the attention mask when none are given, so padding may stand on either side.
+    Positions are counted from the attention mask when none are given, so padding may stand on either side. With
+    `packing` the one row holds many texts; see `kdrl.models.packing`.
     """
     decoder = decoder_of(model)
+    more: dict[str, Any] = {}
+    if packing is not None:
+        # A mask that transformers hands on as it is, and that fits no attention but the packed one.
+        attention_mask_BL = input_ids_BL.new_empty(1, 1, 0, 0, dtype=torch.bool)
+        position_ids_BL, more = packing.position_ids_BL, {"packing": packing}
     if position_ids_BL is None and attention_mask_BL is not None:
         position_ids_BL = (attention_mask_BL.long().cumsum(-1) - 1).clamp(min=0)
     given: dict[str, Any] = {"input_ids": input_ids_BL, "attention_mask": attention_mask_BL, "use_cache": False}
     if position_ids_BL is not None and accepts(type(decoder), "position_ids"):
         given["position_ids"] = position_ids_BL
-    with training_attention(causal_lm(model)):
-        return decoder(**given).last_hidden_state
+    with training_attention(causal_lm(model), packed=packing is not None):
+        return decoder(**given, **more).last_hidden_state
 
 
 def head_of(model: Any, rows: int | None = None) -> Head:

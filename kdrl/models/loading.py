@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from kdrl.errors import UserError
+from kdrl.models.attention import same_attention
 from kdrl.models.compressed import check_compressed, compression
 from kdrl.models.config import ModelConfig, NewModel, NewTokenizer, TeacherModelConfig
 from kdrl.models.heads import causal_lm, check_head
@@ -265,7 +266,8 @@ def _prepare(model: PreTrainedModel, config: TeacherModelConfig, trainable: bool
             lm: Any = causal_lm(ready)
             # The name before transformers 5.2x.
             enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            same = partial(same_attention, lm.config.get_text_config())
+            enable({"use_reentrant": False, "context_fn": same})
     return ready.train(trainable)
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kdrl.batch import Response, Rollouts, lay_out, pack_rows
+from kdrl.batch import Response, Rollouts
 from kdrl.engines.sampling import inverse_cdf
-from kdrl.models import LoadedModel, head_of, hidden_states
+from kdrl.models import LoadedModel, head_of
+from kdrl.models.packing import micro_batches, wanted_states
 from kdrl.objectives.head import Head, chunks, entropy_of
 from kdrl.objectives.schedules import Schedule
 from kdrl.seeds import derive
@@ -82,12 +83,8 @@ class CorruptSource(Source):
         token_N, entropy_N = torch.zeros_like(rollouts.tokens_N), torch.zeros_like(uniform_N)
         every_N = torch.ones_like(rollouts.trained_N)
         head = head_of(self.student)
-        for pack in pack_rows(rollouts, range(rollouts.rows), self.budget):
-            micro = lay_out(rollouts, pack, every_N, self.student.pad_id)
-            with self.student.autocast():
-                hidden_BLD = hidden_states(self.student, micro.input_ids_BL, micro.attention_mask_BL)
-            hidden_MD = hidden_BLD.flatten(0, 1)[micro.place_M]
-            found = self._sample(head, hidden_MD, uniform_N[micro.index_M])
+        for micro in micro_batches(self.student, rollouts, range(rollouts.rows), every_N, self.budget):
+            found = self._sample(head, wanted_states(self.student, micro), uniform_N[micro.index_M])
             token_N[micro.index_M], entropy_N[micro.index_M] = found[0], found[1].to(entropy_N.dtype)
         return token_N, entropy_N
 

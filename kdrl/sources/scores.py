@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kdrl.batch import Response, Rollouts, lay_out, pack_rows
-from kdrl.models import LoadedModel, head_of, hidden_states
+from kdrl.batch import Response, Rollouts
+from kdrl.models import LoadedModel, head_of
+from kdrl.models.packing import micro_batches, wanted_states
 from kdrl.objectives.head import TokenScores, score_tokens
 from kdrl.registry import Registry
 
@@ -20,7 +21,7 @@ from kdrl.registry import Registry
 class Scoring:
     """Judged responses of a round, and who can be asked about them; `probe` gives each problem's share of right ones.
 
-    `temperature` is the policy's, `budget` the padded tokens of a forward pass.
+    `temperature` is the policy's, `budget` the tokens of a forward pass.
     """
 
     responses: Sequence[Response]
@@ -49,18 +50,14 @@ def register_response_score(name: str) -> Callable[[ScoreFunction], ScoreFunctio
 def forward_scores(
     model: LoadedModel, responses: Sequence[Response], temperature: float, budget: int, *, entropy: bool = False
 ) -> TokenScores:
-    """Log-probs (and entropies) of all response tokens, flat `[N]`, in float32, `budget` padded tokens at a time."""
+    """Log-probs (and entropies) of all response tokens, flat `[N]`, in float32, `budget` tokens at a time."""
     rollouts = Rollouts.of(responses, model.device)
     every_N = torch.ones_like(rollouts.trained_N)
     logp_N = torch.zeros(rollouts.tokens, device=model.device)
     entropy_N = torch.zeros_like(logp_N)
     head = head_of(model)
-    for pack in pack_rows(rollouts, range(rollouts.rows), budget):
-        micro = lay_out(rollouts, pack, every_N, model.pad_id)
-        with model.autocast():
-            hidden_BLD = hidden_states(model, micro.input_ids_BL, micro.attention_mask_BL)
-        hidden_MD = hidden_BLD.flatten(0, 1)[micro.place_M]
-        targets_M = rollouts.tokens_N[micro.index_M]
+    for micro in micro_batches(model, rollouts, range(rollouts.rows), every_N, budget):
+        targets_M, hidden_MD = rollouts.tokens_N[micro.index_M], wanted_states(model, micro)
         found = score_tokens(head, hidden_MD, targets_M, temperature=temperature, entropy=entropy)
         logp_N[micro.index_M] = found.logp_N.to(logp_N.dtype)
         if found.entropy_N is not None:

@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl.batch import MicroBatch, Rollouts, lay_out, pack_rows
+from kdrl.batch import MicroBatch, Rollouts
 from kdrl.errors import UserError
-from kdrl.models import LoadedModel, head_of, hidden_states
+from kdrl.models import LoadedModel, head_of
+from kdrl.models.packing import micro_batches, wanted_states
 from kdrl.objectives.head import Head, score_tokens
 from kdrl.teachers.base import Evidence, Gives, Need
 
 
 class LocalTeacher:
-    """A frozen model that reads the same token ids as the student, `budget` padded tokens at a time."""
+    """A frozen model that reads the same token ids as the student, `budget` tokens at a time."""
 
     privileged = False
+    padded = False
     gives = Gives()
 
     def __init__(self, loaded: LoadedModel, budget: int) -> None:
@@ -41,11 +43,11 @@ class LocalTeacher:
         where_N[keep_N] = torch.arange(count, device=where_N.device)
         logp_N = torch.zeros(rollouts.tokens, device=where_N.device)
         rows = rollouts.row_N[keep_N].unique().tolist()
+        options = {"padded": self.padded, "privileged": self.privileged}
         hidden_MD: Tensor | None = None
         with self._mode():
             head = head_of(self.loaded)
-            for pack in pack_rows(rollouts, rows, self.budget, privileged=self.privileged):
-                micro = lay_out(rollouts, pack, keep_N, self.loaded.pad_id, privileged=self.privileged)
+            for micro in micro_batches(self.loaded, rollouts, rows, keep_N, self.budget, **options):
                 chosen_MD = self._hidden(micro)
                 targets_M = rollouts.tokens_N[micro.index_M]
                 logp = score_tokens(head, chosen_MD, targets_M, temperature=temperature).logp_N
@@ -65,10 +67,8 @@ class LocalTeacher:
 
     def _hidden(self, micro: MicroBatch) -> Tensor:
         """Hidden states `[M, D]` that predict a micro-batch's wanted tokens."""
-        self._check_context(micro.input_ids_BL.shape[1])
-        with self.loaded.autocast():
-            hidden_BLD = hidden_states(self.loaded, micro.input_ids_BL, micro.attention_mask_BL)
-        return hidden_BLD.flatten(0, 1)[micro.place_M]
+        self._check_context(micro.longest)
+        return wanted_states(self.loaded, micro)
 
     @property
     def longest(self) -> float:

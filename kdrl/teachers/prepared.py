@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl.batch import MicroBatch, Rollouts, lay_out, pack_rows
-from kdrl.models import LoadedModel, head_of, hidden_states
+from kdrl.batch import MicroBatch, Rollouts
+from kdrl.models import LoadedModel, head_of
+from kdrl.models.packing import micro_batches, wanted_states
 from kdrl.objectives.head import Comparison, Head, score_tokens
 from kdrl.objectives.schedules import Moment
 from kdrl.optimizer_state import flatten_optimizer, restore_optimizer
@@ -19,7 +20,12 @@ from kdrl.teachers.prepare import Preparation, Views
 
 
 class PreparedTeacher(LocalTeacher):
-    """Scores with what `preparation` has learned; no gradient is kept for the teacher's own weights."""
+    """Scores with what `preparation` has learned; no gradient is kept for the teacher's own weights.
+
+    A preparation reads a response a row: vectors may stand before it.
+    """
+
+    padded = True
 
     def __init__(self, loaded: LoadedModel, budget: int, preparation: Preparation[Any], student: LoadedModel) -> None:
         super().__init__(loaded, budget)
@@ -28,7 +34,7 @@ class PreparedTeacher(LocalTeacher):
         self.optimizer = torch.optim.AdamW(self._parameters, lr=0.0, weight_decay=0.0) if self._parameters else None
 
     def _hidden(self, micro: MicroBatch) -> Tensor:
-        self._check_context(micro.input_ids_BL.shape[1] + self.preparation.more_tokens)
+        self._check_context(micro.longest + self.preparation.more_tokens)
         with self.loaded.autocast():
             hidden_BLD = self.preparation.hidden(micro.input_ids_BL, micro.attention_mask_BL)
         return hidden_BLD.flatten(0, 1)[micro.place_M]
@@ -40,13 +46,13 @@ class PreparedTeacher(LocalTeacher):
         if not count or fit is None or self.optimizer is None:
             return {}
         rows = rollouts.row_N[keep_N].unique().tolist()
-        packs = list(pack_rows(rollouts, rows, self.budget))
+        batches = list(micro_batches(self.loaded, rollouts, rows, keep_N, self.budget, padded=True))
         if self.preparation.surveys:
-            for pack in packs:
-                self._survey(lay_out(rollouts, pack, keep_N, self.loaded.pad_id))
+            for micro in batches:
+                self._survey(micro)
         total = 0.0
-        for pack in packs:
-            loss = self._loss(rollouts, lay_out(rollouts, pack, keep_N, self.loaded.pad_id), temperature, moment)
+        for micro in batches:
+            loss = self._loss(rollouts, micro, temperature, moment)
             (loss / count).backward()
             total += float(loss.detach()) / count
         clip = fit.clip
@@ -67,8 +73,8 @@ class PreparedTeacher(LocalTeacher):
     def _loss(self, rollouts: Rollouts, micro: MicroBatch, temperature: float, moment: Moment) -> Tensor:
         """The preparation's loss summed over a micro-batch's tokens."""
         with torch.no_grad():
-            teacher_MD = _bare(self.loaded, micro) if self.preparation.reads_bare else None
-            student_MD = _bare(self.student, micro)
+            teacher_MD = wanted_states(self.loaded, micro) if self.preparation.reads_bare else None
+            student_MD = wanted_states(self.student, micro)
         with torch.enable_grad():
             heads = head_of(self.loaded), head_of(self.student)
             compare = self._comparison(heads, (teacher_MD, student_MD), temperature, moment)
@@ -117,9 +123,3 @@ class PreparedTeacher(LocalTeacher):
         with torch.no_grad():
             for name, parameter in names.items():
                 parameter.copy_(tensors[name])
-
-
-def _bare(loaded: LoadedModel, micro: MicroBatch) -> Tensor:
-    with loaded.autocast():
-        hidden_BLD = hidden_states(loaded, micro.input_ids_BL, micro.attention_mask_BL)
-    return hidden_BLD.flatten(0, 1)[micro.place_M]
