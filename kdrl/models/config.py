@@ -17,7 +17,7 @@ class LoraConfig(Config):
     alpha: float = Field(32.0, gt=0)
     """The adapter's output is multiplied by alpha / rank."""
     target_modules: str | list[str] = "all-linear"
-    """Which linear layers get an adapter: `all-linear` (all but the LM head) or a list of module names."""
+    """Which linear layers get an adapter: `all-linear` (all but the LM head) or module names, such as `lm_head`."""
 
 
 class QuantiseConfig(Config):

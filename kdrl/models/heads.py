@@ -14,7 +14,7 @@ from kdrl.models.attention import training_attention
 
 if TYPE_CHECKING:
     from kdrl.models.packing import Packing
-    from kdrl.objectives.head import Head
+    from kdrl.objectives.head import Head, LowRank
 
 # What architectures multiply or divide their logits by; the check at load tells when one is missing here.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
@@ -74,19 +74,17 @@ def hidden_states(
 
 
 def head_of(model: Any, rows: int | None = None) -> Head:
-    """The LM head of a model as data: weights [V, D], bias, logit multiplier, soft cap, and how many rows count.
+    """The LM head of a model as data: weights [V, D], bias, adapters, logit multiplier, soft cap, how many rows count.
 
     `rows` defaults to the tokenizer's size for a LoadedModel, so that padding rows are neither sampled nor scored.
-    Raises UserError for a head that is not a plain linear layer, LoRA on the head included.
+    Raises UserError for a head that is not a linear layer, or has an adapter that is no plain LoRA.
     """
     from kdrl.objectives.head import Head
 
     lm: Any = causal_lm(model)
     if rows is None:
         rows = getattr(model, "vocab_size", None) if hasattr(model, "eos_ids") else None
-    layer = lm.get_output_embeddings()
-    if hasattr(layer, "lora_A"):
-        raise UserError("LoRA on the LM head is not supported yet; leave the head out of `lora.target_modules`.")
+    layer, adapters = _without_adapters(lm.get_output_embeddings())
     if not isinstance(layer, nn.Linear):
         raise UserError(f"{type(lm).__name__} has no linear LM head (found {type(layer).__name__}); it cannot be used.")
     config = lm.config.get_text_config()
@@ -96,7 +94,42 @@ def head_of(model: Any, rows: int | None = None) -> Head:
         scale=_scale_of(config),
         softcap=getattr(config, "final_logit_softcapping", None),
         rows=rows if rows is not None and rows < layer.weight.shape[0] else None,
+        adapters=adapters,
     )
+
+
+def _without_adapters(layer: Any) -> tuple[Any, tuple[LowRank, ...]]:
+    """The linear layer inside peft's, and the adapters that are in force: none while they are disabled or merged."""
+    from kdrl.objectives.head import LowRank
+
+    if hasattr(layer, "modules_to_save"):  # a copy of the head that is trained whole
+        active = [] if layer.disable_adapters else [a for a in layer.active_adapters if a in layer.modules_to_save]
+        return (layer.modules_to_save[active[0]] if active else layer.original_module), ()
+    if not hasattr(layer, "lora_A"):
+        return layer, ()
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()
+    adapters = []
+    if not layer.disable_adapters and not layer.merged:
+        for name in (name for name in layer.active_adapters if name in layer.lora_A):
+            _check_plain(layer, name)
+            adapters.append(LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]))
+    return layer.get_base_layer(), tuple(adapters)
+
+
+def _check_plain(layer: Any, name: str) -> None:
+    kind = None
+    if name in getattr(layer, "lora_variant", {}):
+        kind = type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
+    elif layer.lora_B[name].bias is not None:
+        kind = "lora_bias"
+    elif getattr(layer.lora_dropout[name], "p", 0.0) > 0.0:
+        kind = "lora_dropout"
+    if kind is not None:
+        raise UserError(
+            f"the LM head's adapter {name!r} has {kind}, and logits are made from hidden states and plain LoRA factors "
+            "alone; leave the head out of target_modules, or leave that out."
+        )
 
 
 def _scale_of(config: Any) -> float:
@@ -110,16 +143,6 @@ def _scale_of(config: Any) -> float:
     return scale
 
 
-def project(head: Head, hidden_ND: Tensor) -> Tensor:
-    """Float32 logits [N, V] of a few positions (the head is applied in the weights' own format)."""
-    rows = head.rows if head.rows is not None else head.weight_VD.shape[0]
-    bias = None if head.bias_V is None else head.bias_V[:rows]
-    logits = nn.functional.linear(hidden_ND.to(head.weight_VD.dtype), head.weight_VD[:rows], bias).float()
-    if head.scale != 1.0:
-        logits = logits * head.scale
-    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
-
-
 @torch.no_grad()
 def check_head(model: nn.Module, vocab_size: int, where: str) -> None:
     """Refuse a model whose own logits differ from the head applied to its hidden states, on a short random input."""
@@ -131,7 +154,7 @@ def check_head(model: nn.Module, vocab_size: int, where: str) -> None:
     was_training = lm.training
     lm.eval()
     hidden_BLD = hidden_states(lm, ids_BL, mask_BL)
-    own = project(head_of(lm), hidden_BLD.flatten(0, 1))
+    own = head_of(lm).logits(hidden_BLD.flatten(0, 1)).float()
     theirs = lm(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits.float().flatten(0, 1)
     lm.train(was_training)
     spread = theirs.std().clamp(min=1e-6)

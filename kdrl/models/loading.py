@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -283,13 +284,12 @@ def _with_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> Any:
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Of a tied head peft says that merging would change the embedding; saving unties it first.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         torch.manual_seed(derive(seed, "lora"))
         try:
             wrapped = peft.get_peft_model(model, options)
         except ValueError as error:
             raise UserError(f"lora.target_modules {targets!r} does not fit {type(model).__name__}: {error}") from error
-    head = model.get_output_embeddings()
-    if hasattr(head, "lora_A"):
-        raise UserError("LoRA on the LM head is not supported yet; leave the head out of `lora.target_modules`.")
     return wrapped

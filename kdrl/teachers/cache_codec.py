@@ -243,7 +243,8 @@ class Hidden(Codec):
 
 
 def head_tensors(head: Head) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A head as tensors and plain values, without padded rows."""
+    """A head as tensors and plain values, without padded rows, adapters merged."""
+    head = head.merged()
     tensors = {"weight": head.weight_VD[: head.vocab_size].detach().cpu().contiguous()}
     if head.bias_V is not None:
         tensors["bias"] = head.bias_V[: head.vocab_size].detach().cpu().contiguous()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from kdrl.errors import UserError
 from kdrl.models import LoadedModel
@@ -34,8 +34,7 @@ class OffloadedTeacher(LocalTeacher):
 
     def _keep(self, head: Head) -> Head:
         # A tensor of its own on the same memory, for moving a module replaces what its parameters hold.
-        bias_V = None if head.bias_V is None else head.bias_V.detach()
-        return replace(head, weight_VD=head.weight_VD.detach(), bias_V=bias_V)
+        return head.map(Tensor.detach)
 
 
 def check_offload(device: str | torch.device, compressed: bool) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,5 +110,4 @@ class SelfTeacher(LocalTeacher):
         def held(tensor: Tensor) -> Tensor:
             return tensor.detach().clone() if moves else tensor.detach()
 
-        bias_V = None if head.bias_V is None else held(head.bias_V)
-        return replace(head, weight_VD=held(head.weight_VD), bias_V=bias_V)
+        return head.map(held)
