@@ -346,3 +346,38 @@ def test_an_update_is_skipped_when_the_norm_is_not_finite(student: LoadedModel):
     assert norm != norm
     assert all(torch.equal(a, b) for a, b in zip(before, updater.parameters, strict=True))
     assert updater.parameters[0].grad is None
+
+
+@pytest.mark.parametrize("name", [name for name in TERMS if name.startswith("pg")])
+def test_groups_of_equal_rewards_are_not_run_and_change_nothing(
+    name: str, student: LoadedModel, teacher: LoadedModel, monkeypatch: pytest.MonkeyPatch
+):
+    responses = made_responses()
+    flat = responses[0].group
+    for r in responses:
+        r.reward = 1.0 if r.group == flat else r.reward
+    scored = score(student, responses, [TERMS[name]], teacher=teacher, stale=True)
+    rollouts = scored.rollouts
+    rewards = {r.group: {other.reward for other in responses if other.group == r.group} for r in responses}
+    idle = {g for g, seen in rewards.items() if len(seen) == 1}
+    wanted_N = scored.active[0].wanted_N(rollouts.row_N, rollouts.rows)
+    assert flat in idle
+    assert set(rollouts.group_B[rollouts.row_N[wanted_N]].tolist()) == rewards.keys() - idle
+    short = gradient(student, scored)
+    monkeypatch.setattr(type(scored.active[0].term), "idle_at_zero", False)
+    assert scored.active[0].wanted_N(rollouts.row_N, rollouts.rows).sum() > wanted_N.sum()
+    assert_near(short, gradient(student, scored))
+    assert short.norm() > 1e-6
+
+
+def test_a_step_of_equal_rewards_alone_still_has_a_gradient_of_zero(student: LoadedModel):
+    responses = made_responses()
+    for r in responses:
+        r.reward = 1.0
+    scored = score(student, responses, [TERMS["pg-token"]])
+    updater = Updater(student, 4096)
+    updater.clear()
+    updater.accumulate(scored, range(len(responses)))
+    # The optimizer's moments go on moving the weights, as they would for any gradient of zero.
+    assert all(p.grad is not None and not p.grad.any() for p in updater.parameters)
+    updater.clear()

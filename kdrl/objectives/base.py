@@ -115,6 +115,8 @@ class Term(Generic[ConfigT]):
     Config: type[TermConfig] = TermConfig
     couples = False
     """Whether a token's loss depends on other responses of the optimizer step, through `couple`."""
+    idle_at_zero = False
+    """Whether responses whose advantage is zero have neither loss nor gradient."""
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config

@@ -38,11 +38,18 @@ class Active:
         return self.term.config.teacher if isinstance(self.term, Distill | VocabTerm) else "teacher"
 
     def wanted_N(self, row_N: Tensor, rows: int) -> Tensor:
-        """Tokens whose log-probs the term reads: those kept, or all trained ones of their responses."""
+        """Tokens whose log-probs the term reads: those kept, or all trained ones of their responses.
+
+        Responses without advantage are left out where they cannot change loss or gradient, but for a step of no others:
+        its gradient of zero still moves the optimizer.
+        """
+        keep_N = self.keep_N
+        if self.advantage_B is not None and self.term.idle_at_zero and bool(self.advantage_B[row_N[keep_N]].any()):
+            keep_N = keep_N & (self.advantage_B != 0)[row_N]
         if not self.term.whole_rows:
-            return self.keep_N
+            return keep_N
         touched_B = torch.zeros(rows, dtype=torch.bool, device=row_N.device)
-        touched_B[row_N[self.keep_N]] = True
+        touched_B[row_N[keep_N]] = True
         return touched_B[row_N] & self.eligible_N
 
 

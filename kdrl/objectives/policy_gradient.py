@@ -125,6 +125,11 @@ class PolicyGradient(Term[PolicyGradientConfig]):
         """GSPO's ratio is that of the whole response."""
         return self.config.ratio == "sequence"
 
+    @property
+    def idle_at_zero(self) -> bool:  # type: ignore[override]
+        """Whether an advantage of zero leaves neither loss nor gradient; a teacher's reward would add to it."""
+        return self.config.teacher_reward is None
+
     def log_ratio(self, view: TokenView) -> Tensor:
         """Log importance ratio per token `[N]`, zero in value on-policy except under a TRRD anchor."""
         old_N = view.logq_N.detach() if view.old_N is None else view.old_N
