@@ -19,6 +19,7 @@ from kdrl.features.live import make_features
 from kdrl.held_out import solution_loss
 from kdrl.limits import Limits, SparingEngine, SparingUpdater
 from kdrl.models import LoadedModel, encode_prompt, load_model
+from kdrl.models.loading import load_without_weights
 from kdrl.objectives.schedules import Memory
 from kdrl.optimizers import build_optimizer
 from kdrl.pairing import check_contexts, check_gives, check_lengths, check_numbers, pairing_checks
@@ -47,8 +48,8 @@ from kdrl.teachers.served import ServedTeacher
 from kdrl.teachers.served_checks import Plan, most_asked, open_served, served_checks
 from kdrl.trainer import Parts
 from kdrl.update import Updater
-from kdrl.vocab.checks import in_chunks
-from kdrl.vocab.pairing import check_alignment, checks_of, reading
+from kdrl.vocab.checks import in_chunks, reads_own
+from kdrl.vocab.pairing import check_alignment, check_vocabularies, checks_of, reading
 from kdrl.vocab.spaces import make_spaces
 
 Check = Callable[[], Sequence[str] | None]
@@ -83,6 +84,7 @@ class Builder:
         self.student = load_model(recipe.student, self.device, trainable=True, seed=recipe.seed)
         self.served: dict[str, ServedTeacher] = {}
         self.cached: dict[str, CachedTeacher] = {}
+        self.readers: dict[str, LoadedModel] = {}
         self._stack = stack
         self.models = self._load_teachers()
         self.teacher = self.models.get("teacher")
@@ -107,13 +109,20 @@ class Builder:
             self.notes.append("the teacher is not loaded: no term asks it and it writes nothing")
         for name in asked:
             section = section_of(recipe, name)
+            own = reads_own(recipe, self.objective, name)
+            if own and (section.reads_cache or section.served is not None):
+                # Its weights are elsewhere, and its tokens are its own.
+                self.readers[name] = load_without_weights(section)
+                note = partial(check_vocabularies, self.student, self.readers[name])
+                self._observe("vocabularies" if name == "teacher" else f"vocabularies ({name})", note)
             if section.reads_cache:
-                self.cached[name] = open_cached(section, self.student, recipe.rollout.temperature)
+                who = "teacher.model" if own else "the student"
+                self.cached[name] = open_cached(section, self.reader(name), recipe.rollout.temperature, who)
                 self.notes.append(f"{name} is not loaded: its scores are read from {self.cached[name].store.folder}")
                 continue
             if section.served is not None:
                 stored = 0 if section.cache is None else section.cache.settings().get("k", 0)
-                self.served[name] = open_served(section, self.student, max(stored, most_asked(self.objective)))
+                self.served[name] = open_served(section, self.reader(name), max(stored, most_asked(self.objective)))
                 continue
             if shares_student(recipe, self.objective, name):
                 self.notes.append(f"{name} is the student's own base model: its weights are shared, adapters off")
@@ -131,6 +140,15 @@ class Builder:
             for what, check in checks_of(recipe, self.objective, name, pair, pairing_checks(*pair)).items():
                 self._observe(what if name == "teacher" else f"{what} ({name})", check)
         return found
+
+    def reader(self, name: str) -> LoadedModel:
+        """Whose tokens a teacher is asked about: its own where its terms go by chunks, else the student's."""
+        known = self.readers | getattr(self, "models", {})
+        return known.get(name, self.student) if reads_own(self.recipe, self.objective, name) else self.student
+
+    def read_by(self, name: str, teacher: Teacher) -> Teacher:
+        """A teacher as its terms read it."""
+        return reading(self.objective, name, teacher, self.student, (self.readers | self.models).get(name))
 
     def _task(self) -> Task:
         @lru_cache(maxsize=4096)
@@ -151,8 +169,8 @@ class Builder:
         problems = take(stream, 64 if stream.size is None else stream.size)
         own = [name for name in self.models if in_chunks(self.objective, name)]
         self._observe("context length", lambda: check_lengths(models, problems, self.recipe, own))
-        for name in own:
-            found = partial(check_alignment, name, self.student, self.models[name], problems)
+        for name in [*own, *self.readers]:
+            found = partial(check_alignment, name, self.student, self.reader(name), problems)
             self._observe(f"alignment ({name})", found)
         self._observe("self-teacher's context", lambda: check_contexts(self.student, problems, self.recipe))
         self._check_served(problems)
@@ -165,7 +183,8 @@ class Builder:
         rollout = self.recipe.rollout
         plan = Plan(problems, rollout.max_new_tokens, rollout.temperature, self.engine, self.recipe.seed)
         for name, teacher in self.served.items():
-            checks = served_checks(section_of(self.recipe, name), teacher, self.student, plan)
+            section, own = section_of(self.recipe, name), self.readers.get(name)
+            checks = served_checks(section, teacher, self.student, plan, own)
             for what, check in checks.items():
                 self._observe(what if name == "teacher" else f"{what} ({name})", check)
 
@@ -216,7 +235,7 @@ class Builder:
                 found[name] = section.build(name, members)
         if self_terms(self.objective):
             found["self"] = self.limits.tokens.follow(SelfTeacher(self.student, budget, recipe.self_teacher))
-        found = {n: reading(self.objective, n, t, self.student, self.models.get(n)) for n, t in found.items()}
+        found = {name: self.read_by(name, each) for name, each in found.items()}
         for name, each in found.items():
             self._observe(f"what {name} gives", partial(check_gives, name, each.gives, self.objective))
         leashed = any(t.needs.reference for t in self.objective.terms)
@@ -232,8 +251,9 @@ class Builder:
         if section.cache is not None and section.cache.write:
             recipe, cache = self.recipe, section.cache
             model, where = self.models.get(name), Path(cache.path).expanduser()
-            temperature, seed = recipe.rollout.temperature, recipe.seed
-            found = open_writing(found, section, model, self.student, where, cache, temperature=temperature, seed=seed)
+            given: dict[str, Any] = {"temperature": recipe.rollout.temperature, "seed": recipe.seed}
+            given["own"] = reads_own(recipe, self.objective, name)
+            found = open_writing(found, section, model, self.reader(name), where, cache, **given)
             self._stack.enter_context(found.store)
             self.notes += found.store.notes
         if isinstance(found, CachedTeacher):

@@ -73,6 +73,12 @@ def check_gives(who: str, gives: Gives, objective: Objective) -> None:
         needs = active.needs
         if teacher_of(active) not in (None, who) or needs.teacher is None or gives.serves(needs):
             continue
+        if needs.vocabulary:
+            raise UserError(
+                f"objective.{name} reads more of the teacher than {who} gives, which is {gives}. What fits of terms on "
+                "the teacher's own tokens: chunk_kl on the student's own responses; chunk_distill without debias and "
+                "threshold; or a local teacher, or a cache of its hidden states (kind hidden)."
+            )
         fits = ["support: {token: k2} (reverse_kl) on the student's own responses"]
         fits += [f"support: {{topk: K}} with K up to {gives.topk}"] if gives.topk else []
         fits += [f"divergence: forward_kl with support: {{draws: {gives.draws}}}"] if gives.draws else []

@@ -28,6 +28,8 @@ from kdrl.teachers.cache_store import key_of
 from kdrl.teachers.cached import WritingTeacher, open_writing
 from kdrl.teachers.checks import section_of
 from kdrl.teachers.config import TeacherConfig
+from kdrl.vocab.checks import reads_own
+from kdrl.vocab.teacher import VocabTeacher
 
 Progress = Callable[[int, int], None]
 """(problems looked at, problems), after every shard."""
@@ -84,12 +86,17 @@ def cache_teacher(
         count = _count(stream, problems, split)
         writer = open_cache(builder, teacher, output, stored)
         stack.enter_context(writer.store)
+        reader = builder.read_by(teacher, writer)
         for note in writer.store.notes:
             say(f"note: {note}")
         before, found = writer.store.tokens, 0
         batch: dict[bytes, Response] = {}
         scored = 0
-        for done, response in _responses(source, stream, count):
+        for done, written in _responses(source, stream, count):
+            # As the teacher reads it: in tokens of its own where terms go by chunks.
+            response = reader.as_read(written) if isinstance(reader, VocabTeacher) else written
+            if response is None:
+                continue
             key = key_of(response.prompt_ids, response.token_ids)
             if key in writer.store.places or key in batch:
                 found += key not in batch
@@ -141,11 +148,12 @@ def open_cache(builder: Builder, name: str, folder: Path, stored: Stored) -> Wri
         members[name],
         section_of(recipe, name),
         builder.models.get(name),
-        builder.student,
+        builder.reader(name),
         folder,
         stored,
         temperature=recipe.rollout.temperature,
         seed=recipe.seed,
+        own=reads_own(recipe, builder.objective, name),
     )
 
 

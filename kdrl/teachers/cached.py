@@ -5,6 +5,7 @@ Left out: hub ids among the fingerprints that are compared when a cache is read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,11 @@ class CachedTeacher:
     def gives(self) -> Gives:
         """What is stored."""
         return self.codec.gives
+
+    @property
+    def longest(self) -> float:
+        """Tokens that the teacher read at most, where it read responses in tokens of its own."""
+        return self.store.manifest.get("context", math.inf)
 
     def score(self, rollouts: Rollouts, keep_N: Tensor, need: Need, temperature: float) -> Evidence:
         """The stored scores of the kept tokens; raises UserError for a response that is not there."""
@@ -146,24 +152,27 @@ def check_temperature(store: CacheStore, temperature: float) -> None:
         )
 
 
-def open_cached(section: TeacherConfig, student: LoadedModel, temperature: float) -> CachedTeacher:
+def open_cached(
+    section: TeacherConfig, reader: LoadedModel, temperature: float, who: str = "the student"
+) -> CachedTeacher:
     """The teacher that reads a section's cache; raises UserError for one of another tokenizer, teacher or temperature.
 
-    The weights are compared where `model` is a local folder that holds them.
+    `reader`, the tokenizer of `who`, gave the tokens that it is asked about. The weights are compared where `model` is
+    a local folder that holds them.
     """
     assert section.cache is not None
     store = CacheStore.read(Path(section.cache.path).expanduser())
     manifest = store.manifest
     check_temperature(store, temperature)
-    for who, tokenizer in (("the student", student.tokenizer), ("teacher.model", _tokenizer_of(section))):
+    for whose, tokenizer in ((who, reader.tokenizer), ("teacher.model", _tokenizer_of(section))):
         if tokenizer_digest(tokenizer) != manifest["tokenizer"]:
             raise UserError(
-                f"{store.folder} holds scores of a teacher with another tokenizer than {who} has; choose a teacher of "
-                "the student's family, and cache its scores."
+                f"{store.folder} holds scores of a teacher with another tokenizer than {whose} has; choose a teacher "
+                "of the student's family, and cache its scores; or let it read its own tokens (chunk_distill)."
             )
-    if set(student.eos_ids).isdisjoint(manifest["eos"]):
+    if set(reader.eos_ids).isdisjoint(manifest["eos"]):
         raise UserError(
-            f"student and the teacher of {store.folder} end a response differently; set student.eos to a common token."
+            f"{who} and the teacher of {store.folder} end a response differently; set eos to a common token."
         )
     _check_teacher(store, section)
     return CachedTeacher(store)
@@ -197,23 +206,29 @@ def open_writing(
     inner: Teacher,
     section: TeacherConfig,
     loaded: LoadedModel | None,
-    student: LoadedModel,
+    reader: LoadedModel,
     folder: Path,
     stored: Stored,
     *,
     temperature: float,
     seed: int,
+    own: bool = False,
 ) -> WritingTeacher:
     """A teacher that stores what `inner` scores; `loaded` is its model, where it is in memory and not the student's.
 
-    Raises UserError for a folder that holds another teacher's scores or other settings.
+    `reader` gives the tokens that it is asked about: the student, or with `own` tokens the teacher. Raises UserError
+    for a folder that holds another teacher's scores or other settings.
     """
     chosen = stored.settings()
     check_inner(inner.gives, chosen)
-    content = identity(section, loaded, student, chosen, temperature, seed)
+    content = identity(section, loaded, reader, chosen, temperature, seed)
+    longest = getattr(inner, "longest", math.inf)
+    if own and longest < math.inf:
+        # How much of a response it read decides what a response is stored as.
+        content["context"] = int(longest)
     head: dict[str, Tensor] | None = None
     if chosen["kind"] == "hidden":
-        head, content["head"] = head_tensors(head_of(loaded or student))
+        head, content["head"] = head_tensors(head_of(loaded or reader))
     return WritingTeacher(inner, CacheStore.write(folder, content, head))
 
 

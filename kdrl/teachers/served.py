@@ -66,6 +66,11 @@ class ServedTeacher:
         return self.client.config
 
     @property
+    def longest(self) -> float:
+        """Tokens of a prompt and its response that it can score: one more, which it must write, fits its context."""
+        return math.inf if self.context is None else self.context - 1
+
+    @property
     def gives(self) -> Gives:
         """Log-probs of tokens and the likeliest ones; of a text-only API nothing."""
         return Gives(distribution=False, topk=self.config.top_k or self.vocab_size)

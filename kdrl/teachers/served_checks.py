@@ -25,6 +25,7 @@ from kdrl.teachers.config import TeacherConfig
 from kdrl.teachers.local import LocalTeacher
 from kdrl.teachers.served import Asked, ServedTeacher
 from kdrl.teachers.served_config import ServedConfig
+from kdrl.vocab.teacher import VocabTeacher, Vocabularies
 
 Check = Callable[[], list[str]]
 
@@ -92,19 +93,25 @@ def _names(answer: Any) -> list[str]:
         ) from None
 
 
-def served_checks(section: TeacherConfig, teacher: ServedTeacher, student: LoadedModel, plan: Plan) -> dict[str, Check]:
-    """The checks by name, in order; each raises UserError or returns notes. A text-only API is not asked to score."""
+def served_checks(
+    section: TeacherConfig, teacher: ServedTeacher, student: LoadedModel, plan: Plan, own: LoadedModel | None = None
+) -> dict[str, Check]:
+    """The checks by name, in order; each raises UserError or returns notes. A text-only API is not asked to score.
+
+    `own` is the teacher's tokenizer where it reads responses in its own tokens.
+    """
     checks: dict[str, Check] = {"server": partial(_check_replicas, teacher)}
     if teacher.config.text_only or not plan.problems:
         return checks
-    prompts = [encode_prompt(student, problem.prompt) for problem in plan.problems]
+    reader = own or student
+    prompts = [encode_prompt(reader, problem.prompt) for problem in plan.problems]
     checks["served context"] = partial(_check_context, teacher, max(map(len, prompts)) + plan.max_new_tokens)
-    checks["served tokenizer"] = partial(_check_tokenizer, section, teacher, student)
+    checks["served tokenizer"] = partial(_check_tokenizer, section, teacher, reader)
     checks["served top-k"] = partial(_check_top_k, teacher, prompts[0])
     if plan.temperature != 1.0:
         checks["served temperature"] = partial(_check_temperature, teacher, prompts[0], plan.temperature)
     if teacher.config.parity:
-        checks["parity"] = partial(_check_parity, section, teacher, student, plan)
+        checks["parity"] = partial(_check_parity, section, teacher, student, plan, own)
     return checks
 
 
@@ -207,7 +214,9 @@ def _check_temperature(teacher: ServedTeacher, prompt: list[int], temperature: f
     return []
 
 
-def _check_parity(section: TeacherConfig, teacher: ServedTeacher, student: LoadedModel, plan: Plan) -> list[str]:
+def _check_parity(
+    section: TeacherConfig, teacher: ServedTeacher, student: LoadedModel, plan: Plan, own: LoadedModel | None = None
+) -> list[str]:
     """The server's log-probs of the student's own samples against a local forward pass."""
     size, why = _weights(section)
     if why is not None:
@@ -216,6 +225,10 @@ def _check_parity(section: TeacherConfig, teacher: ServedTeacher, student: Loade
     if 2 * size > available_bytes(device):
         return [f"served and local log-probs are not compared: weights of {size >> 20:,} MiB are large for {device}"]
     rollouts = _written(student, plan, teacher.config.parity)
+    if own is not None:
+        rollouts = VocabTeacher(teacher, Vocabularies(student, own)).aligned(rollouts).read
+    if not rollouts.rows:
+        return ["served and local log-probs are not compared: the teacher can write none of the student's samples"]
     keep_N = rollouts.trained_N
     served = teacher.score(rollouts, keep_N, "token", plan.temperature).logp_N
     local = LocalTeacher(load_model(section, device, trainable=False, seed=plan.seed), PARITY_BUDGET)

@@ -16,6 +16,12 @@ def in_chunks(objective: Objective, name: str) -> bool:
     return bool(asking) and all(isinstance(term, VocabTerm) for term in asking)
 
 
+def reads_own(recipe: Recipe, objective: Objective, name: str) -> bool:
+    """Whether the teacher called `name` is asked in tokens of its own: read through chunks, and not writing itself."""
+    writes = name == "teacher" and recipe.source.settings.asks_teacher
+    return in_chunks(objective, name) and not writes
+
+
 def check_vocabulary_terms(recipe: Recipe, objective: Objective) -> None:
     """Raise UserError for a term on chunks whose teacher cannot be read so."""
     for name, term in zip(objective.names, objective.terms, strict=True):
@@ -47,9 +53,8 @@ def check_vocabulary_terms(recipe: Recipe, objective: Objective) -> None:
                 f"objective.{name} reads the teacher's hidden states and embeddings, which no server or cache gives; "
                 f"load {asked} as a local model."
             )
-        unfit = [key for key in ("prepare", "served", "cache") if getattr(section, key, None) is not None]
-        if unfit:
+        if section.prepare is not None:
             raise UserError(
-                f"objective.{name} reads a teacher in its own tokens, which {asked}.{unfit[0]} cannot do yet; load it "
-                "as a local model."
+                f"objective.{name} reads a teacher in its own tokens, and {asked}.prepare fits a teacher to the "
+                "student's; remove it."
             )

@@ -14,7 +14,7 @@ from kdrl.tasks import Problem
 from kdrl.teachers.base import Teacher
 from kdrl.teachers.checks import teacher_of
 from kdrl.vocab.align import align
-from kdrl.vocab.checks import in_chunks
+from kdrl.vocab.checks import in_chunks, reads_own
 from kdrl.vocab.teacher import VocabTeacher, Vocabularies
 
 
@@ -36,8 +36,7 @@ def checks_of(
     same: dict[str, Callable[[], list[str]]],
 ) -> dict[str, Callable[[], list[str]]]:
     """The checks of student and teacher: `same` where they must have one tokenizer, else that they can be aligned."""
-    writes = name == "teacher" and recipe.source.settings.asks_teacher
-    if writes or not in_chunks(objective, name):
+    if not reads_own(recipe, objective, name):
         return same
     return {"vocabularies": partial(check_vocabularies, *models), "ranks": partial(warn_of_ranks, objective, name)}
 

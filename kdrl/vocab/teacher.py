@@ -169,8 +169,21 @@ class VocabTeacher:
             self._last = (rollouts, self._align(rollouts))
         return self._last[1]
 
-    def _align(self, rollouts: Rollouts) -> Aligned:
+    def as_read(self, response: Response) -> Response | None:
+        """A response in the teacher's tokens, as it is scored; None where it can read nothing of it."""
+        prompt = encode_prompt(self.vocabularies.teacher, response.problem.prompt)
+        return self._read(response, prompt)[0]
+
+    def _read(self, response: Response, prompt: list[int]) -> tuple[Response | None, Reading]:
         longest = getattr(self.inner, "longest", math.inf)
+        reading = self.vocabularies.read(response.token_ids, max(0, longest - len(prompt)))
+        if not reading.ids:
+            return None, reading
+        # Nothing of the student's own tokens may be left on it.
+        own: dict[str, Any] = {"logp": None, "importance": None, "trained": None, "privileged_ids": None}
+        return replace(response, prompt_ids=prompt, token_ids=reading.ids, **own), reading
+
+    def _align(self, rollouts: Rollouts) -> Aligned:
         prompts: dict[int, list[int]] = {}
         rows: list[tuple[int, Response, Reading]] = []
         lost = 0
@@ -178,13 +191,10 @@ class VocabTeacher:
             problem = response.problem
             if id(problem) not in prompts:
                 prompts[id(problem)] = encode_prompt(self.vocabularies.teacher, problem.prompt)
-            prompt = prompts[id(problem)]
-            reading = self.vocabularies.read(response.token_ids, max(0, longest - len(prompt)))
+            found, reading = self._read(response, prompts[id(problem)])
             lost += reading.collapsed
-            if reading.ids:
-                # Nothing of the student's own tokens may be left on it.
-                own: dict[str, Any] = {"logp": None, "importance": None, "trained": None, "privileged_ids": None}
-                rows.append((row, replace(response, prompt_ids=prompt, token_ids=reading.ids, **own), reading))
+            if found is not None:
+                rows.append((row, found, reading))
         long = sum(len(r.token_ids) >= COLLAPSE for r in rollouts.responses)
         if lost > 1 and lost == long:
             raise UserError(

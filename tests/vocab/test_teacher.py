@@ -244,7 +244,7 @@ def test_a_teacher_that_cannot_write_the_text_is_refused(world: Path, tmp_path: 
         ({"objective": [{"chunk_distill": {}}, {"distill": {}}]}, "name the teacher twice under `teachers`"),
         ({"objective": [{"chunk_kl": {"teacher": "self"}}]}, "the student has its own"),
         ({"objective": [{"chunk_kl": {"on": ["gold"]}}], "source": "gold"}, "use chunk_distill"),
-        ({"objective": [{"chunk_kl": {}}], "teacher": {"prepare": {"output_adapter": {}}}}, "teacher.prepare cannot"),
+        ({"objective": [{"chunk_kl": {}}], "teacher": {"prepare": {"output_adapter": {}}}}, "teacher.prepare fits"),
         (
             {"objective": [{"chunk_kl": {}}], "teacher": {"average": {"of": {"a": 1, "b": 1}}}, "several": True},
             "made of several",
