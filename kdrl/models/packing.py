@@ -229,11 +229,12 @@ def packed_attention(
     other = [kind for kind in _OTHER_KINDS if kwargs.get(kind) is not None]
     if packing is None or other or kwargs.get("is_causal") is False or kwargs.get("dropout"):
         raise NotImplementedError(f"packed attention without its layout, or with {other}")
-    wide = query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled()
-    with torch.autocast(query.device.type, enabled=False):
-        query_NHd, key_NKd, value_NKd = (
-            x.transpose(1, 2)[0].to(torch.float32 if wide else x.dtype) for x in (query, key, value)
-        )
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    if dtype == torch.bfloat16 and kind == "cpu" and torch.is_grad_enabled():
+        dtype = torch.float32
+    with torch.autocast(kind, enabled=False):
+        query_NHd, key_NKd, value_NKd = (x.transpose(1, 2)[0].to(dtype) for x in (query, key, value))
         mixed = packing.attend(query_NHd, key_NKd, value_NKd, scaling)
     return mixed[None].to(query.dtype), None
 
