@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from tiny import raw_recipe, rows_of, run, section, with_teacher
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -147,3 +148,14 @@ def test_a_head_that_peft_trains_whole_is_the_copy_that_it_trains():
         trained.add_(1.0)
     with adapted.disable_adapter():
         assert not torch.allclose(head_of(adapted).weight_VD, trained)
+
+
+def test_a_run_trains_adapters_on_the_head_beside_its_start_as_reference(world: Path, tmp_path: Path):
+    lora = {"rank": 2, "alpha": 4.0, "target_modules": ["lm_head", "q_proj"]}
+    objective = [{"policy_gradient": {}}, {"distill": {"divergence": "reverse_kl"}}, {"reference_kl": {"weight": 0.1}}]
+    raw = raw_recipe(world, None, **with_teacher(world), student=section() | {"lora": lora}, objective=objective)
+    run(raw, tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    assert all(row["grad_norm"] > 0 for row in rows)
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert not torch.equal(final.get_output_embeddings().weight, final.get_input_embeddings().weight)

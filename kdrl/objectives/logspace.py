@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # An outcome that one side rules out entirely counts as this log-probability, so that every divergence stays finite.
 LOG_FLOOR = -1.0e4
@@ -32,6 +31,12 @@ def row_blocks(rows: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
+def refuse_second_derivatives() -> None:
+    """Raise NotImplementedError in a backward pass that is itself to be differentiated."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError("the chunked head and relative entropy have no second derivative (create_graph)")
+
+
 class _RelativeEntropy(torch.autograd.Function):
     """sum x (log x - log y) with one array made in the backward pass for each side that wants one."""
 
@@ -46,10 +51,8 @@ class _RelativeEntropy(torch.autograd.Function):
         return out_R
 
     @staticmethod
-    @once_differentiable
-    def backward(  # type: ignore[override]
-        ctx: Any, *upstream: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        refuse_second_derivatives()
         logx_RV, logy_RV = ctx.saved_tensors
         of_x, of_y = (torch.empty_like(logx_RV) if need else None for need in ctx.needs_input_grad)
         for part in row_blocks(logx_RV):

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kdrl.objectives.kernels import Pulls, Rows, gradient_, read_rows
+from kdrl.objectives.logspace import refuse_second_derivatives
 from kdrl.objectives.products import add_columns_by_rows, rows_by_columns, rows_by_rows, wide_of
 
 if TYPE_CHECKING:
@@ -95,10 +95,8 @@ class _Graph(torch.autograd.Function):
         return tuple(columns)
 
     @staticmethod
-    @once_differentiable
-    def backward(  # type: ignore[override]
-        ctx: Any, *upstream: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         work: Pass = ctx.work
         sums = _Sums(work, ctx.saved_tensors, ctx.needs_input_grad[3:])
         with torch.autocast(sums.hidden_ND.device.type, enabled=False):
