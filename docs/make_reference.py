@@ -16,12 +16,13 @@ from kdrl.objectives.policy import NAMED_ADVANTAGES
 from kdrl.objectives.schedules import SCHEDULES
 from kdrl.objectives.scores import SCORES
 from kdrl.objectives.terms import TERMS, TermConfig
-from kdrl.recipe import describe_fields
+from kdrl.recipe import describe_combinations, describe_fields
 from kdrl.registry import Registry
 from kdrl.sources import SOURCES
 from kdrl.sources.scores import RESPONSE_SCORES
 from kdrl.tasks.solutions import WRITERS
 from kdrl.tasks.verifiers import VERIFIERS
+from kdrl.teachers.cache_config import CacheConfig
 from kdrl.teachers.prepare import PREPARATIONS
 
 FOLDER = Path(__file__).parent
@@ -82,12 +83,17 @@ def recipe_keys() -> str:
     for home, found in sections.items():
         rest = found[1:]
         if home == "teacher":
-            rest = [row for row in rest if row[0] == "teacher.prepare"]
+            shared = {row[0].removeprefix("student.") for row in sections["student"]}
+            rest = [row for row in rest if row[0].removeprefix("teacher.") not in shared]
+            rest += describe_fields(CacheConfig, "teacher.cache.")
             found[0] = (
                 *found[0][:2],
                 f"{found[0][2]} Its keys are those of `student`, without `lora` and what follows it.",
             )
         parts += [f"## {home}\n", found[0][2] + "\n", *([keys(rest)] if rest else [])]
+        if home == "teacher":
+            told = "Each of `teachers` has the keys of `teacher`, or (as `teacher` may too) is made of others:\n"
+            parts += ["### teachers\n", told, keys(describe_combinations())]
     parts += ["## Sources\n", "Values of `source`; overrides reach them as `source.NAME.KEY`.\n"]
     for name in SOURCES:
         own = describe_fields(SOURCES.get(name))
