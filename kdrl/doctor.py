@@ -26,6 +26,7 @@ from kdrl.tasks import Problem, ResponseInfo
 from kdrl.tasks.base import take
 from kdrl.tasks.config import ExtractConfig
 from kdrl.teachers import TeacherConfig
+from kdrl.teachers.served_checks import AGREES
 
 Verdict = Literal["ok", "note", "wrong"]
 
@@ -78,7 +79,7 @@ class Doctor:
             self.find(what, "wrong", str(error))
             return
         for note in notes:
-            self.find(what, "note", note)
+            self.find(what, "ok" if note.startswith(AGREES) else "note", note)
         kind = what.partition(" (")[0]
         if not notes and kind not in _QUIET:
             fine = "enough for every term that asks it" if kind.startswith("what ") else "nothing amiss"

@@ -107,6 +107,9 @@ def _run(recipe: Recipe, run_dir: Path, say: Say, *, resume: bool, force: bool) 
             say(explain_objective(recipe))
         _check_memory(recipe, say, force)
         builder = Builder(recipe, run_dir, stack)
+        # Before anything is written: what is refused leaves the folder free for another try.
+        parts = builder.parts()
+        stack.callback(parts.checkpoints.close)
         for note in builder.notes:
             say(f"note: {note}")
         if not resume:
@@ -114,8 +117,6 @@ def _run(recipe: Recipe, run_dir: Path, say: Say, *, resume: bool, force: bool) 
             part.write_text(recipe.to_yaml(), encoding="utf-8")
             part.replace(run_dir / "recipe.yaml")
             write_environment(run_dir / "environment.json")
-        parts = builder.parts()
-        stack.callback(parts.checkpoints.close)
         parts.checkpoints.claim()
         trainer = Trainer(parts)
         evaluations = _Evaluations(run_dir / "evaluation.json", resume)

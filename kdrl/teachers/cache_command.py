@@ -14,6 +14,7 @@ from pathlib import Path
 from kdrl.batch import Response
 from kdrl.build import Builder
 from kdrl.errors import UserError
+from kdrl.models import encode_prompt
 from kdrl.recipe import Recipe
 from kdrl.sources import kinds
 from kdrl.sources.base import Request, Source
@@ -28,6 +29,7 @@ from kdrl.teachers.cache_store import key_of
 from kdrl.teachers.cached import WritingTeacher, open_writing
 from kdrl.teachers.checks import section_of
 from kdrl.teachers.config import TeacherConfig
+from kdrl.teachers.served_checks import check_top_k
 from kdrl.vocab.checks import reads_own
 from kdrl.vocab.teacher import VocabTeacher
 
@@ -77,7 +79,6 @@ def cache_teacher(
     """
     check_split(split)
     recipe = without_cache(recipe, teacher)
-    began = time.monotonic()
     with ExitStack() as stack:
         builder = Builder(recipe, output, stack)
         for note in builder.notes:
@@ -89,7 +90,7 @@ def cache_teacher(
         reader = builder.read_by(teacher, writer)
         for note in writer.store.notes:
             say(f"note: {note}")
-        before, found = writer.store.tokens, 0
+        began, before, found = time.monotonic(), writer.store.tokens, 0
         batch: dict[bytes, Response] = {}
         scored = 0
         for done, written in _responses(source, stream, count):
@@ -143,7 +144,9 @@ def open_cache(builder: Builder, name: str, folder: Path, stored: Stored) -> Wri
     if name not in members:
         raise UserError(f"no term of the recipe asks {name}, so there is nothing to score; add a distill term.")
     if name in builder.served:
-        builder.served[name].k = max(builder.served[name].k, stored.settings().get("k", 0))
+        asked = builder.served[name]
+        asked.k = max(asked.k, stored.settings().get("k", 0))
+        check_top_k(asked, encode_prompt(builder.reader(name), builder.stream[0].prompt))
     return open_writing(
         members[name],
         section_of(recipe, name),

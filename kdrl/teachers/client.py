@@ -187,7 +187,8 @@ class Client:
             try:
                 answer = self._exchange(replica, connections, path, payload, read)
             except UnreachableError as error:
-                self._set_aside(replica, str(error))
+                if not stop.is_set():
+                    self._set_aside(replica, str(error))
             except UnusableError as error:
                 if isinstance(error, SlowError):
                     self._set_aside(replica, str(error))

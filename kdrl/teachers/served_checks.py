@@ -31,6 +31,8 @@ Check = Callable[[], list[str]]
 
 PIECE = 2048
 """Tokens that a server is asked to spell at once."""
+AGREES = "served against local"
+"""How the note of a parity check that found nothing amiss begins."""
 PARITY_TOKENS = 64
 PARITY_BUDGET = 4096
 
@@ -107,7 +109,7 @@ def served_checks(
     prompts = [encode_prompt(reader, problem.prompt) for problem in plan.problems]
     checks["served context"] = partial(_check_context, teacher, max(map(len, prompts)) + plan.max_new_tokens)
     checks["served tokenizer"] = partial(_check_tokenizer, section, teacher, reader)
-    checks["served top-k"] = partial(_check_top_k, teacher, prompts[0])
+    checks["served top-k"] = partial(check_top_k, teacher, prompts[0])
     if plan.temperature != 1.0:
         checks["served temperature"] = partial(_check_temperature, teacher, prompts[0], plan.temperature)
     if teacher.config.parity:
@@ -179,7 +181,7 @@ def _decoded(student: LoadedModel, ids: list[int]) -> str:
     return str(student.tokenizer.decode(ids))
 
 
-def _check_top_k(teacher: ServedTeacher, prompt: list[int]) -> list[str]:
+def check_top_k(teacher: ServedTeacher, prompt: list[int]) -> list[str]:
     """One request as the run will make them: prompt log-probs, and as many likeliest tokens as terms ask."""
     ids = [*prompt[:8], prompt[0]]
     try:
@@ -187,9 +189,9 @@ def _check_top_k(teacher: ServedTeacher, prompt: list[int]) -> list[str]:
     except UserError as error:
         if teacher.k and ("greater than max" in str(error) or "max_logprobs" in str(error)):
             raise UserError(
-                f"terms ask the teacher for its {teacher.k} likeliest tokens, which the server does not give: {error} "
+                f"the teacher is asked for its {teacher.k} likeliest tokens, which the server does not give: {error} "
                 f"Start it with --max-logprobs {teacher.k} (`kdrl serve-teacher MODEL --top-k {teacher.k}`), or "
-                "lower K in support: {topk: K}."
+                "lower K in support: {topk: K} and the k of a cache."
             ) from None
         raise
     return []
@@ -241,7 +243,7 @@ def _check_parity(
             f"{teacher.config.tolerance:g}. Serve that checkpoint, in a number format as exact as teacher.dtype, or "
             "name the one that is served."
         )
-    return [f"served against local: {told}"]
+    return [f"{AGREES}: {told}"]
 
 
 def _weights(section: TeacherConfig) -> tuple[int, str | None]:

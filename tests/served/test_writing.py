@@ -173,7 +173,7 @@ def test_the_doctor_measures_it(world: Path, saved: LoadedModel, limit: int):
         found = {f.what: f for f in examine(raw, effort=Effort(problems=4, prompts=2, group=2))}
     assert "wrong" not in {f.verdict for f in found.values()}
     assert "of 4 development problems right" in found["teacher's accuracy"].text
-    assert "served against local" in found["parity"].text
+    assert (found["parity"].verdict, found["parity"].text[:21]) == ("ok", "served against local:")
     assert "mean log p - log q" in found["teacher's R"].text
     assert ("teacher's overlap" in found) == (limit == 20)
 
