@@ -52,4 +52,4 @@ def calibrate(memory: Memory, batch: Callable[[int], Scored], updater: Updater) 
 
 def _comparing(scored: Scored) -> Active | None:
     """The first term that compares distributions at this step."""
-    return next((a for a in scored.active if a.term.needs.teacher == "distribution"), None)
+    return next((a for a in scored.active if a.term.compared), None)

@@ -23,6 +23,7 @@ from kdrl.recipe import Recipe
 from kdrl.teachers.checks import asked_models, same_model, section_of, shares_student
 from kdrl.teachers.config import TeacherConfig
 from kdrl.teachers.plan import teacher_items
+from kdrl.vocab.plan import space_items
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -118,6 +119,10 @@ def _further(recipe: Recipe, teachers: list[tuple[str, TeacherModelConfig]], tok
         yield Item(f"{name} hidden states", hidden, "update", f"{tokens:,} tokens x {shape.width:,} x 2 x 4 B")
 
 
+def _shapes(teachers: list[tuple[str, TeacherModelConfig]]) -> dict[str, ModelShape]:
+    return {name: ModelShape.from_config(config_of(section)) for name, section in teachers}
+
+
 def memory_plan(recipe: Recipe) -> MemoryPlan:
     """Plan a recipe's memory; raises UserError when a model's configuration cannot be read."""
     student_config = config_of(recipe.student)
@@ -155,5 +160,6 @@ def memory_plan(recipe: Recipe) -> MemoryPlan:
         + tuple(_saved(teachers))
         + _teacher_cache(recipe, teacher_shape, rows)
         + feature_items(objective, shape, teacher_shape, tokens, _longest(recipe))
+        + space_items(objective, shape, _shapes(teachers), tokens, _longest(recipe))
         + teacher_items(recipe, objective, shape, teacher_shape, trainable, tokens, _longest(recipe), device),
     )

@@ -20,6 +20,7 @@ from kdrl.errors import UserError
 from kdrl.models import LoadedModel, encode_prompt, head_of, hidden_states, save_final
 from kdrl.objectives import head
 from kdrl.objectives.base import TERMS
+from kdrl.planning import memory_plan
 from kdrl.recipe import load_recipe, merge
 from kdrl.run import resume
 from kdrl.teachers import LocalTeacher
@@ -305,6 +306,45 @@ def test_a_resumed_run_is_the_same_to_the_byte(name: str, world: Path, tmp_path:
     mine = [key for key in tensors[0] if key.startswith("dual_distill.")]
     assert len(mine) == (6 if name == "dskd-cma" else 4)
     assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in mine)
+
+
+@pytest.mark.parametrize("student", [{}, {"lora": {"rank": 2}}, {"autocast": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("name", ["dskd-v2", "dskd-cma"])
+def test_other_students_and_the_base_of_adapters_as_teacher(
+    name: str, student: dict[str, Any], world: Path, tmp_path: Path
+):
+    given = {"student": {"model": str(world / "byte-teacher"), **student}, "teacher": {"model": str(world / "teacher")}}
+    raw = raw_recipe(world, name, rollout={"group": 2}, checkpoint={"every": 0})
+    run({**raw, **given}, tmp_path / "other")
+    run({**raw, **given, "teacher": {"model": str(world / "byte-teacher")}}, tmp_path / "base")
+    for row in rows_of(tmp_path / "other") + rows_of(tmp_path / "base"):
+        assert math.isfinite(row["loss"])
+        assert row["grad_norm"] > 0
+        assert row["loss/dual_distill"] > 0
+
+
+def test_several_updates_of_a_step_and_two_such_terms(world: Path, tmp_path: Path):
+    raw = recipe_of(world, "dskd", optimizer={"minibatches": 2, "epochs": 2, "lr": 1.0e-3})
+    raw["teachers"] = {"other": {"model": str(world / "teacher")}}
+    raw["objective"] = [
+        {"dual_distill": {"lr_scale": 10.0}},
+        {"dual_distill": {"teacher": "other", "align": "attention", "weight": 0.5}},
+    ]
+    run(raw, tmp_path / "run")
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows_of(tmp_path / "run"))
+
+
+def test_the_plan_counts_the_projectors(world: Path):
+    for name in ("dskd", "dskd-cma"):
+        recipe = load_recipe(recipe_of(world, name))
+        config = next(e.config for e in recipe.objective if e.name == "dual_distill")
+        spaces = spaces_of(
+            model_of("byte-level", 1), model_of("characters", 2, hidden_size=24), {"dual_distill": config}
+        )
+        count = sum(p.numel() for p in spaces.named_parameters.values())
+        items = {(item.name, item.phase): item.bytes for item in memory_plan(recipe).items}
+        assert items["dual_distill: projectors", "always"] == 12 * count
+        assert ("dual_distill: attention", "update") in items or name == "dskd"
 
 
 def test_a_teacher_whose_inside_is_elsewhere_is_refused(world: Path):
