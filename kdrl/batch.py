@@ -161,6 +161,13 @@ def _prompt(response: Response, privileged: bool) -> list[int]:
     return (response.privileged_ids if privileged else response.prompt_ids) or []
 
 
+def longest_read(rollouts: Rollouts, rows: Sequence[int], wanted_N: Tensor, *, privileged: bool = False) -> int:
+    """The most tokens that one of `rows` is read with, prompt included."""
+    read = read_lengths(rollouts, wanted_N)
+    pairs = ((rollouts.responses[row], read[row]) for row in rows)
+    return max((len(_prompt(r, privileged)) + n for r, n in pairs if n is not None), default=0)
+
+
 def pack_rows(
     rollouts: Rollouts,
     rows: Sequence[int],

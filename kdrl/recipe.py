@@ -134,7 +134,8 @@ class OptimizerConfig(Config):
     epochs: int = Field(default=1, ge=1)
     """Passes over each batch of rollouts."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
-    """Padded tokens per forward pass; changes memory and speed, never the result."""
+    """Tokens per forward pass, a prompt counted once for the responses that share it, or padded where a model cannot be
+    packed; changes memory and speed, never the result."""
     stop_after_bad: int = Field(default=5, ge=1)
     """Stop after this many updates in a row whose gradient was not finite; each is skipped and counted."""
     extragradient: bool = False

@@ -174,9 +174,8 @@ class Updater:
         if self.features is not None:
             self.features.prepare(scored.active, rollouts, rows)
         total = 0.0
-        # What a feature term reads between the layers is laid out a response a row.
-        watched = self.features is not None and any(a.term.needs.features for a in scored.active)
-        for micro in micro_batches(self.student, rollouts, rows, wanted_N, self.budget, padded=watched):
+        padded = self.features is not None and self.features.padded(scored.active, rollouts)
+        for micro in micro_batches(self.student, rollouts, rows, wanted_N, self.budget, padded=padded):
             loss = self._loss(scored, micro, weights, coupled, tally)
             if loss.requires_grad:
                 loss.backward()

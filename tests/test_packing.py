@@ -62,7 +62,8 @@ def exact(architecture: str, own: dict[str, Any] | None = None, **change: Any) -
 
     def norm(self: Any, x: Tensor) -> Tensor:
         scale = getattr(self, "variance_epsilon", None) or getattr(self, "eps", 1e-6)
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + scale))
+        weight = self.weight + 1.0 if type(self).__name__.startswith("Gemma") else self.weight
+        return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + scale))
 
     for module in loaded.model.modules():
         if type(module).__name__.endswith("RMSNorm"):
@@ -187,7 +188,7 @@ def test_loss_and_gradient_of_an_objective(architecture: str, monkeypatch: pytes
     teacher.model.requires_grad_(False)
     responses, found, losses = made_responses(), [], []
     for packed in (False, True):
-        monkeypatch.setattr(packing, "packs", lambda loaded, packed=packed: packed)
+        monkeypatch.setattr(packing, "packs", lambda *given, packed=packed: packed)
         scored = score(student, responses, ENTRIES, teacher=teacher, reference=teacher, stale=True)
         losses.append(Updater(student, 4096).accumulate(scored, range(9)))
         found += [gradient(student, scored, budget=budget) for budget in (4096, 50)]
@@ -217,6 +218,20 @@ def test_experts_choose_token_by_token():
     loaded, rollouts = model("mixtral", own), Rollouts.of(made(RAGGED))
     found, want = (passed(loaded, rollouts, rollouts.trained_N, packed) for packed in (True, False))
     assert max(distance(found, want)) < 1e-4
+
+
+def test_a_text_within_the_window_is_packed():
+    for architecture, own in (("mistral", {}), ("gemma3_text", {"_sliding_window_pattern": 2})):
+        loaded = exact(architecture, own | {"sliding_window": 30})
+        assert packs(loaded, 30)
+        assert not packs(loaded, 31)
+        for prompt, packed in ((20, True), (21, False)):
+            rollouts = Rollouts.of(made([(prompt, (11, 3)), (3, (5, 5))]))
+            batches = list(micro_batches(loaded, rollouts, range(4), rollouts.trained_N, 4096))
+            assert [bool(micro.segments) for micro in batches] == [packed]
+            if packed:
+                found, want = (passed(loaded, rollouts, rollouts.trained_N, form) for form in (True, False))
+                assert max(distance(found, want)) < 1e-10
 
 
 def test_a_layer_that_mixes_tokens_by_itself_is_found_out():

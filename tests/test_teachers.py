@@ -49,7 +49,7 @@ def test_scores_are_the_models_own(teacher: Any, rollouts: Rollouts, budget: int
 def test_only_asked_tokens_are_scored_and_only_what_leads_to_them_is_read(
     teacher: Any, rollouts: Rollouts, packed: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(packing, "packs", lambda loaded: packed)
+    monkeypatch.setattr(packing, "packs", lambda *given: packed)
     keep = torch.zeros_like(rollouts.trained_N)
     keep[[0, 2, 9, 40]] = True
     read: list[int] = []

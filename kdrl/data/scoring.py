@@ -42,7 +42,7 @@ def score_rows(
     budget: int = 16384,
     progress: Callable[[int, int], None] | None = None,
 ) -> TextScores:
-    """Score the response of every row, `budget` padded tokens at a time; `progress(done, total)` follows.
+    """Score the response of every row, `budget` tokens at a time; `progress(done, total)` follows.
 
     Prompt and response are tokenized apart, as training does it. Raises UserError for a row without a response and for
     text that the tokenizer cannot write.

@@ -29,11 +29,14 @@ from kdrl.features.losses import (
 from kdrl.features.projectors import Pair, make_projectors, sizes_of
 from kdrl.features.statistics import Means, Statistics
 from kdrl.model_shape import ModelShape
-from kdrl.models import LoadedModel, hidden_states
+from kdrl.models import LoadedModel
 from kdrl.models.features import Kept, Tap, Wanted
 from kdrl.models.heads import causal_lm
-from kdrl.models.packing import micro_batches
+from kdrl.models.packing import at_places, micro_batches, packs, wanted_states
 from kdrl.objectives.objective import Active, Objective
+
+# Features that stand at a token wherever it stands in the batch.
+_PACKED = {"hidden", "embedding", "attention_output"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Side:
             found_BLD = self.kept.output[layer]
         else:
             found_BLD = self.kept.attention[layer].vectors(kind)
-        return _wide(found_BLD.flatten(0, 1)[self.micro.place_M[pick_T]])
+        return _wide(at_places(found_BLD, self.micro.place_M[pick_T]))
 
     def scores(self, layers: Sequence[int], row: int, place_T: Tensor) -> tuple[Tensor, Tensor]:
         """Attention scores `[heads of all layers, T, L]` of one row, and the keys that all of them see."""
@@ -135,6 +138,12 @@ class Features:
             {"params": params, "weight_decay": 0.0, "lr_scale": scale} for scale, params in scales.items() if params
         ]
 
+    def padded(self, active: Sequence[Active], rollouts: Rollouts) -> bool:
+        """Whether these terms need a response a row: attention is watched in rows; the teacher reads the same batch."""
+        kinds = {self.live[a.name].config.of.kind for a in active if a.name in self.live}
+        longest = max((len(r.prompt_ids) + len(r.token_ids) for r in rollouts.responses), default=0)
+        return bool(kinds) and (not kinds <= _PACKED or not packs(self.teacher, longest))
+
     def _layers(self, names: Sequence[str], side: int) -> Wanted:
         wanted = Wanted()
         for name in names:
@@ -152,9 +161,9 @@ class Features:
     @torch.no_grad()
     def _teach(self, names: Sequence[str], micro: MicroBatch) -> Side:
         tap = self.taps[1]
-        with tap.watch(self._layers(names, 1)) as kept, self.teacher.autocast():
-            last_BLD = hidden_states(self.teacher, micro.input_ids_BL, micro.attention_mask_BL)
-        return Side(kept, last_BLD.flatten(0, 1)[micro.place_M], tap.layers, micro)
+        with tap.watch(self._layers(names, 1)) as kept:
+            last_MD = wanted_states(self.teacher, micro)
+        return Side(kept, last_MD, tap.layers, micro)
 
     @torch.no_grad()
     def prepare(self, active: Sequence[Active], rollouts: Rollouts, rows: Sequence[int]) -> None:
@@ -164,7 +173,8 @@ class Features:
         if not asking:
             return
         keep_N = torch.stack([a.keep_N for a in asking]).any(0)
-        for micro in micro_batches(self.teacher, rollouts, rows, keep_N, self.budget, padded=True):
+        padded = self.padded(asking, rollouts)
+        for micro in micro_batches(self.teacher, rollouts, rows, keep_N, self.budget, padded=padded):
             side = self._teach([a.name for a in asking], micro)
             for each in asking:
                 live = self.live[each.name]

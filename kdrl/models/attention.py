@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,8 +62,14 @@ def _attending(config: Any, name: str) -> Iterator[None]:
         config._attn_implementation = held
 
 
-def same_attention(config: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `torch.utils.checkpoint`: a layer is computed again with the attention that its forward pass had."""
+def recompute_layers(lm: Any) -> None:
+    """Switch activation checkpointing on: a layer is computed again with the attention that its forward pass had."""
+    # The name before transformers 5.2x.
+    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": partial(_same_attention, lm.config.get_text_config())})
+
+
+def _same_attention(config: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     name = config._attn_implementation
     ours = name in (_NAME, PACKED)
     return contextlib.nullcontext(), _attending(config, name) if ours else contextlib.nullcontext()

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from kdrl.errors import UserError
-from kdrl.models.attention import same_attention
+from kdrl.models.attention import recompute_layers
 from kdrl.models.compressed import check_compressed, compression
 from kdrl.models.config import ModelConfig, NewModel, NewTokenizer, TeacherModelConfig
 from kdrl.models.heads import causal_lm, check_head
@@ -264,11 +264,7 @@ def _prepare(model: PreTrainedModel, config: TeacherModelConfig, trainable: bool
         if config.quantise is not None:
             quantise(model, config.quantise)
         if config.gradient_checkpointing:
-            lm: Any = causal_lm(ready)
-            # The name before transformers 5.2x.
-            enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-            same = partial(same_attention, lm.config.get_text_config())
-            enable({"use_reentrant": False, "context_fn": same})
+            recompute_layers(causal_lm(ready))
     return ready.train(trainable)
 
 

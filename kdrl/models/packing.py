@@ -2,13 +2,14 @@
 
 Packed, all tokens stand in one row, a prompt once for all its responses, and only attention knows which token sees
 which: keys and values are laid out again, a response a row, and go through `scaled_dot_product_attention`. Nothing else
-of a decoder mixes tokens, so a model with full causal attention computes the same numbers; every model is checked once
-on a small input. Left out: sliding windows, attention sinks, soft caps and recurrent layers (they are padded), and
-kernels that read a packed row as it is (varlen flash attention knows no shared prompts).
+of a decoder mixes tokens, so a model with causal attention computes the same numbers; every model is checked once on a
+small input. Left out: texts beyond a sliding window, attention sinks, soft caps and recurrent layers (they are padded),
+and kernels that read a packed row as it is (varlen flash attention knows no shared prompts).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from kdrl.batch import MicroBatch, Response, Rollouts, Segment, lay_out, pack_rows
+from kdrl.batch import MicroBatch, Response, Rollouts, Segment, lay_out, longest_read, pack_rows
 from kdrl.models.attention import PACKED
 from kdrl.models.heads import causal_lm, hidden_states
 
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
     from kdrl.models.loading import LoadedModel
 
 # What a layer may ask of attention beside causality; one that does is padded.
-_OTHER_KINDS = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")
+_OTHER_KINDS = ("softcap", "s_aux", "position_bias", "cache")
+# Layers that attend to all that stands before, at least in a text no longer than their window.
+_KINDS, _WINDOWS = (
+    {"full_attention", "sliding_attention", "chunked_attention"},
+    ("sliding_window", "attention_chunk_size"),
+)
 # Padding of one attention call may cost a third more than its tokens, or about as much as another call does.
 _WASTE, _CALL = 3, 1 << 15
 # Elements of a mask that differs from row to row: 4 MiB in float32.
@@ -45,7 +51,7 @@ def micro_batches(
     privileged: bool = False,
 ) -> Iterator[MicroBatch]:
     """The wanted tokens of `rows` as batches of at most `budget` tokens, packed unless `padded` is asked for."""
-    packed = not padded and packs(loaded)
+    packed = not padded and packs(loaded, longest_read(rollouts, rows, wanted_N, privileged=privileged))
     for pack in pack_rows(rollouts, rows, wanted_N, budget, packed=packed, privileged=privileged):
         yield lay_out(rollouts, pack, wanted_N, loaded.pad_id, packed=packed, privileged=privileged)
 
@@ -55,10 +61,17 @@ def wanted_states(loaded: LoadedModel, micro: MicroBatch) -> Tensor:
     packing = Packing(micro.segments, micro.input_ids_BL.device) if micro.segments else None
     with loaded.autocast():
         hidden_BLD = hidden_states(loaded, micro.input_ids_BL, micro.attention_mask_BL, packing=packing)
-    states = hidden_BLD.flatten(0, 1)
-    # Responses share the last place of their prompt: with several threads a CPU adds up indexed gradients in any order,
-    # a GPU those of index_select.
-    return states.index_select(0, micro.place_M) if states.device.type == "cpu" else states[micro.place_M]
+    return at_places(hidden_BLD, micro.place_M)
+
+
+def at_places(found_BLD: Tensor, place_M: Tensor) -> Tensor:
+    """What stands at flat places of a batch, `[M, D]`; the gradient adds up in the same order every time.
+
+    Responses share the last place of their prompt, and with several threads a CPU adds up indexed gradients in any
+    order, a GPU those of index_select.
+    """
+    found = found_BLD.flatten(0, 1)
+    return found.index_select(0, place_M) if found.device.type == "cpu" else found[place_M]
 
 
 @dataclass
@@ -242,26 +255,31 @@ def packed_attention(
 AttentionInterface.register(PACKED, packed_attention)
 
 
-# A model is checked once.
-_PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# The longest text that a model packs; a model is checked once.
+_LIMITS: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 
 
-def packs(loaded: LoadedModel) -> bool:
-    """Whether a model gives the same hidden states packed as padded."""
-    if loaded.model not in _PACKS:
-        _PACKS[loaded.model] = _plain(loaded) and _reproduces(loaded)
-    return _PACKS[loaded.model]
+def packs(loaded: LoadedModel, length: int = 1) -> bool:
+    """Whether a model gives the same hidden states packed as padded, for texts of up to `length` tokens."""
+    if loaded.model not in _LIMITS:
+        window = _window(loaded)
+        _LIMITS[loaded.model] = window if window > _CHECKED and _reproduces(loaded) else 0.0
+    return length <= _LIMITS[loaded.model]
 
 
-def _plain(loaded: LoadedModel) -> bool:
-    """Whether a configuration speaks of full attention alone: a mask of another kind would be lost unnoticed."""
+def _window(loaded: LoadedModel) -> float:
+    """The shortest window of a model's layers: a mask for what is longer would be lost unnoticed."""
     config: Any = getattr(causal_lm(loaded), "config", None)
     if config is None:
-        return False
+        return 0.0
     config = config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    others = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return kinds == {"full_attention"} and not others and config._attn_implementation == "sdpa"
+    if set(getattr(config, "layer_types", None) or _KINDS) - _KINDS or config._attn_implementation != "sdpa":
+        return 0.0
+    return min((w for w in (getattr(config, name, None) for name in _WINDOWS) if w), default=math.inf)
+
+
+# Tokens of the longest text that a model is checked with.
+_CHECKED = 8
 
 
 @torch.no_grad()
@@ -269,7 +287,7 @@ def _reproduces(loaded: LoadedModel) -> bool:
     """Compare both forms on two prompts with two responses each and one with a response of its own."""
     draw = torch.Generator().manual_seed(0)
     prompts, responses = [torch.randint(loaded.vocab_size, (n,), generator=draw).tolist() for n in (3, 5, 2)], []
-    for prompt, length in ((0, 5), (1, 2), (0, 3), (2, 4), (1, 1)):
+    for prompt, length in ((0, _CHECKED - 3), (1, 2), (0, 3), (2, 4), (1, 1)):
         ids = torch.randint(loaded.vocab_size, (length,), generator=draw).tolist()
         responses.append(Response(cast(Any, None), prompt, prompts[prompt], ids, "student", True, ""))
     rollouts = Rollouts.of(responses, loaded.device)
