@@ -15,7 +15,9 @@ from torch.nn import functional
 
 from kdrl.engines.attention import masked
 from kdrl.models.heads import causal_lm, decoder_of
+from kdrl.models.linear import QuickLinear
 from kdrl.models.loading import LoadedModel
+from kdrl.objectives.products import product
 
 _KNOWN = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
 _FIXED_ROPE = {"default", "linear", "llama3", "yarn"}
@@ -46,11 +48,11 @@ def _linears(block: Any) -> list[Any]:
 
 
 def _plain(layer: Any, exact: bool) -> bool:
-    if type(layer) is nn.Linear:
+    if type(layer) in (nn.Linear, QuickLinear):
         return True
     # A LoRA layer whose adapters can be added to its weight.
     dora = any(getattr(layer, "use_dora", {}).values()) if hasattr(layer, "lora_A") else True
-    return exact and not dora and type(getattr(layer, "base_layer", None)) is nn.Linear
+    return exact and not dora and type(getattr(layer, "base_layer", None)) in (nn.Linear, QuickLinear)
 
 
 def _merged(layer: Any) -> tuple[Tensor, Tensor | None]:
@@ -72,18 +74,12 @@ class _Product:
         bias = [b for _, b in parts if b is not None]
         self.bias = torch.cat(bias).to(dtype) if bias else None
         weights = [weight.to(dtype) for weight, _ in parts]
-        self.weights = [w.T for w in ([torch.cat(weights)] if join and len(weights) > 1 else weights)]
+        self.weights = [torch.cat(weights)] if join and len(weights) > 1 else weights
 
     def __call__(self, x: Tensor) -> Tensor:
-        outs = [x @ weight for weight in self.weights]
+        outs = [product(x, weight) for weight in self.weights]
         out = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
         return out if self.bias is None else out.add_(self.bias)
-
-    def onto(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + x W^T + b."""
-        if self.bias is None and residual.dtype == x.dtype:
-            return torch.addmm(residual, x, self.weights[0])
-        return residual + self(x)
 
 
 class _Block:
@@ -118,9 +114,9 @@ class _Block:
             qk = torch.addcmul(qk * cos, qk.roll(self.width // 2, -1), sin)
         keys, values = store(qk[:, heads:, None], value[:, :, None], self.number)
         out = attend(qk[:, :heads], keys, values, self.scale)
-        x_BD = self.o.onto(x_BD, out.to(dtype))
+        x_BD = x_BD + self.o(out.to(dtype))
         gate, up = self.gate_up(_norm(self.between, x_BD).to(dtype)).chunk(2, -1)
-        return self.down.onto(x_BD, functional.silu(gate).mul_(up))
+        return x_BD + self.down(functional.silu(gate).mul_(up))
 
 
 # fn(keys and values [B, H_kv, 1, W] of the new token, layer) -> those of all tokens [B, H_kv, L, W].

@@ -29,6 +29,7 @@ from kdrl.models.attention import recompute_layers
 from kdrl.models.compressed import check_compressed, compression
 from kdrl.models.config import ModelConfig, NewModel, NewTokenizer, TeacherModelConfig
 from kdrl.models.heads import causal_lm, check_head
+from kdrl.models.linear import quicken
 from kdrl.models.prompts import apply_template_option
 from kdrl.models.quantise import kept_weights, quantise
 from kdrl.models.scratch import character_tokenizer, new_model_config
@@ -87,6 +88,7 @@ def load_model(config: TeacherModelConfig, device: str | torch.device, *, traina
         model.to(device)  # type: ignore[arg-type]
     check_head(model, vocab_size, where)
     ready = _prepare(model, config, trainable, seed)
+    quicken(ready)
     return LoadedModel(ready, tokenizer, config, eos_ids, pad_id, vocab_size)
 
 

@@ -33,10 +33,10 @@ def rows_by_columns(x_CD: Tensor, w_VD: Tensor) -> Tensor:
         return torch.mm(x_CD, w_VD.T, out_dtype=torch.float32)
     x_CD = x_CD.to(wide)
     if w_VD.dtype == wide:
-        return _product(x_CD, w_VD)
+        return product(x_CD, w_VD)
     out_CV = x_CD.new_empty(len(x_CD), len(w_VD))
     for part in _blocks(w_VD):
-        out_CV[:, part] = _product(x_CD, w_VD[part].to(wide))
+        out_CV[:, part] = product(x_CD, w_VD[part].to(wide))
     return out_CV
 
 
@@ -46,10 +46,10 @@ def rows_by_rows(z_CV: Tensor, w_VD: Tensor) -> Tensor:
     if z_CV.is_cuda and w_VD.dtype != wide:
         return torch.mm(z_CV.to(w_VD.dtype), w_VD, out_dtype=torch.float32)
     if w_VD.dtype == wide:
-        return _product(z_CV, w_VD.T)
+        return product(z_CV, w_VD.T)
     out_CD = z_CV.new_zeros(len(z_CV), w_VD.shape[1])
     for part in _blocks(w_VD):
-        out_CD += _product(z_CV[:, part], w_VD[part].to(wide).T)
+        out_CD += product(z_CV[:, part], w_VD[part].to(wide).T)
     return out_CD
 
 
@@ -64,7 +64,7 @@ def add_columns_by_rows(sum_VD: Tensor, z_CV: Tensor, x_CD: Tensor) -> None:
         if low:
             sum_VD[part] += torch.mm(block_CV.T.to(x_CD.dtype), x_CD, out_dtype=torch.float32)
         else:
-            sum_VD[part] += _product(block_CV.T, columns_DC)
+            sum_VD[part] += product(block_CV.T, columns_DC)
 
 
 def _natively(x: Tensor, w: Tensor) -> bool:
@@ -76,8 +76,8 @@ def _blocks(rows: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size or 1))
 
 
-def _product(x_MK: Tensor, y_NK: Tensor) -> Tensor:
-    """x y^T of one format."""
+def product(x_MK: Tensor, y_NK: Tensor) -> Tensor:
+    """x y^T `[M, N]` of one format."""
     worth = len(x_MK) * y_NK.numel() >= _WORTH_ONEDNN
     if worth and x_MK.dtype == torch.float32 and x_MK.device.type == "cpu" and _ONEDNN is not None:
         return _ONEDNN(x_MK, y_NK, None, "none", [], "")
