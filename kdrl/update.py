@@ -246,6 +246,9 @@ class Updater:
                 tally.add_loss(active.name, float(term_loss.detach()))
                 _tally_policy(tally, active, view)
                 _tally_support(tally, active, view, found.get(active.name) if active.term.compared else None)
+                if self.spaces is not None and active.name in self.spaces.right:
+                    kept = max(1, int((weight_N != 0).sum()))
+                    tally.add_count(f"{active.name}/agreement", self.spaces.right[active.name] / kept)
         if tally is not None:
             _tally_tokens(tally, scored, micro, scores.logp_N, scores.entropy_N)
         return total

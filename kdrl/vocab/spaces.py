@@ -97,19 +97,22 @@ class _Tokens:
         return inner.hidden_MD[inner.where_N[place_S]].to(self.live.space.to_student.weight)
 
     def in_student(self, projected_TD: Tensor, label_T: Tensor) -> Tensor:
-        """-log softmax(u)[label] + D(sg softmax(u), q) at each token, without those of label -1, `[T]`."""
+        """-log softmax(u)[label] + D(sg softmax(u), q) at each token, without those of label -1, and whether u's
+        likeliest token is the label, `[T, 2]`."""
         config, frozen, fixed_TD = self.live.config, detached(self.head), projected_TD.detach()
         sharp = self.temperature * config.temperature
 
         def compare(logq_CV: Tensor, part: slice) -> Tensor:
             logp_CV = frozen.logp(fixed_TD[part], sharp).to(logq_CV.dtype)
             loss_C = divergence_of(config.divergence, logp_CV, logq_CV, self.moment)
-            use_C = logp_CV.argmax(-1) == label_T[part] if config.agree else label_T[part] >= 0
-            return torch.where(use_C, loss_C, 0.0)[:, None]
+            right_C = logp_CV.argmax(-1) == label_T[part]
+            use_C = right_C if config.agree else label_T[part] >= 0
+            return torch.stack([torch.where(use_C, loss_C, 0.0), right_C.to(loss_C.dtype)], -1)
 
         learned = score_tokens(frozen, projected_TD, label_T.clamp(min=0), temperature=self.temperature)
         found = score_tokens(self.head, self.hidden_TD, self.token_T, temperature=sharp, comparisons=[compare])
-        return found.losses_N[0][:, 0] - torch.where(label_T >= 0, learned.logp_N, 0.0)
+        loss_T = found.losses_N[0][:, 0] - torch.where(label_T >= 0, learned.logp_N, 0.0)
+        return torch.stack([loss_T, found.losses_N[0][:, 1]], -1)
 
     def in_teacher(self, projected_SD: Tensor, place_S: Tensor) -> Tensor:
         """D(p, softmax(v)) at each of the teacher's tokens, `[S]`."""
@@ -132,16 +135,16 @@ class _Tokens:
         return torch.cat(parts) if parts else torch.zeros_like(self.token_T)
 
     def exact(self) -> Tensor:
-        """Both spaces token by token, `[T]`."""
+        """Both spaces token by token, and what `in_student` says beside, `[T, 2]`."""
         place_T, space = self.evidence.where_N[self.index_T], self.live.space
         hidden_TD = self.teacher_hidden(place_T)
         label_T = self.likeliest(hidden_TD) if self.live.config.label == "teacher" else self.token_T
         wide_TD = self.hidden_TD.to(hidden_TD)
-        mine_T = self.in_student(space.to_student(hidden_TD), label_T)
-        return mine_T + self.in_teacher(space.to_teacher(wide_TD), place_T).to(mine_T.dtype)
+        mine_T2 = self.in_student(space.to_student(hidden_TD), label_T)
+        return _plus(mine_T2, self.in_teacher(space.to_teacher(wide_TD), place_T))
 
     def attended(self, row_T: Tensor, mine_TE: Tensor, theirs: _Keys) -> Tensor:
-        """Both spaces through attention within each response, the teacher's in equal parts on its tokens, `[T]`."""
+        """As `exact`, through attention within each response; the teacher's space in equal parts on its tokens."""
         space = self.live.space
         assert space.query is not None
         wide_TD = self.hidden_TD.to(space.query.weight)
@@ -155,11 +158,15 @@ class _Tokens:
             to_teacher.append(score_TS.T.softmax(-1) @ space.to_teacher(wide_TD[pick]))
             places.append(place_S)
             counts.append((len(pick), len(place_S)))
-        mine_T = self.in_student(torch.cat(to_student), self.token_T)
+        mine_T2 = self.in_student(torch.cat(to_student), self.token_T)
         theirs_S = self.in_teacher(torch.cat(to_teacher), torch.cat(places))
         cut = theirs_S.split([s for _, s in counts])
         shared = [(part.sum() / t).expand(t) for (t, _), part in zip(counts, cut, strict=True)]
-        return mine_T + torch.cat(shared).to(mine_T.dtype)
+        return _plus(mine_T2, torch.cat(shared))
+
+
+def _plus(mine_T2: Tensor, more_T: Tensor) -> Tensor:
+    return torch.stack([mine_T2[:, 0] + more_T.to(mine_T2.dtype), mine_T2[:, 1]], -1)
 
 
 @dataclass(frozen=True)
@@ -216,6 +223,7 @@ class Spaces:
             table_V[shared_2K[1].to(student.device)] = shared_2K[0].to(student.device)
             self.live[name] = _Live(term.config, space.to(student.device, dtype), teacher, table_V)
         self._keys: dict[str, _Keys] = {}
+        self.right: dict[str, float] = {}
 
     @property
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -230,8 +238,12 @@ class Spaces:
         ]
 
     def losses(self, active: Sequence[Active], hidden_MD: Tensor, index_M: Tensor, scored: Scored) -> dict[str, Tensor]:
-        """Each term's loss per token of a micro-batch, `[M]`, zero where its mask keeps none."""
+        """Each term's loss per token of a micro-batch, `[M]`, zero where its mask keeps none.
+
+        `right` then holds at how many of the kept tokens the projected teacher's likeliest token is the label.
+        """
         found = {}
+        self.right = dict.fromkeys((a.name for a in active), 0.0)
         with torch.autocast(hidden_MD.device.type, enabled=False):
             for each in active:
                 evidence = scored.evidence[each.teacher or ""]
@@ -240,8 +252,9 @@ class Spaces:
                 loss_M = torch.zeros(len(index_M), dtype=torch.promote_types(hidden_MD.dtype, torch.float32))
                 loss_M = loss_M.to(hidden_MD.device)
                 if len(pick_T):
-                    loss_T = self._of(each, evidence, hidden_MD[pick_T], index_M[pick_T], scored)
-                    loss_M = loss_M.index_put((pick_T,), loss_T.to(loss_M.dtype))
+                    found_T2 = self._of(each, evidence, hidden_MD[pick_T], index_M[pick_T], scored)
+                    loss_M = loss_M.index_put((pick_T,), found_T2[:, 0].to(loss_M.dtype))
+                    self.right[each.name] = float(found_T2[:, 1].detach().sum())
                 found[each.name] = loss_M
         return found
 

@@ -24,7 +24,7 @@ from kdrl.planning import memory_plan
 from kdrl.recipe import load_recipe, merge
 from kdrl.run import resume
 from kdrl.teachers import LocalTeacher
-from kdrl.update import Scored, Updater
+from kdrl.update import Scored, Tally, Updater
 from kdrl.vocab.spaces import Spaces, make_spaces
 
 from .pairs import model_of, scored, teacher_of, written
@@ -61,6 +61,31 @@ def slopes(student: LoadedModel, found: Scored, spaces: Spaces, budget: int = 40
     ]
     updater.clear()
     return value, both[0], both[1]
+
+
+def agreement(student: LoadedModel, found: Scored, spaces: Spaces) -> float:
+    """What the metrics say; the gradients of the projectors are left in place."""
+    updater, tally = Updater(student, 4096), Tally()
+    updater.attach(spaces)
+    updater.clear()
+    updater.accumulate(found, range(found.rollouts.rows), tally)
+    return tally.counts["dual_distill/agreement"]
+
+
+def taught(student: LoadedModel, found: Scored, spaces: Spaces) -> Spaces:
+    """Projectors trained until they predict some of the labels: what `agree` keeps must be something."""
+    parameters = list(spaces.named_parameters.values())
+    optimizer = torch.optim.Adam(parameters, lr=0.03)
+    for _ in range(300):
+        if agreement(student, found, spaces) > 0.3:
+            break
+        optimizer.step()
+    updater = Updater(student, 1)
+    updater.attach(spaces)
+    updater.clear()
+    assert 0.3 < agreement(student, found, spaces) < 1.0
+    updater.clear()
+    return spaces
 
 
 # --- references ---
@@ -163,6 +188,8 @@ def test_exact_alignment_against_a_reference(name: str, student: LoadedModel, te
     entry = {"dual_distill": ENTRIES[name]}
     spaces, responses = spaces_of(student, teacher, entry), written(student)
     found = scored(student, teacher_of(student, teacher), responses, [entry])
+    if "agree" in ENTRIES[name]:
+        taught(student, found, spaces)
 
     def loss() -> Tensor:
         return torch.cat([exact(student, teacher, r, spaces, ENTRIES[name]) for r in responses]).mean()
@@ -174,6 +201,7 @@ def test_cross_model_attention_against_a_reference(student: LoadedModel, teacher
     entry = {"dual_distill": ENTRIES["dskd-cma"]}
     spaces, responses = spaces_of(student, teacher, entry), written(student)
     found = scored(student, teacher_of(student, teacher), responses, [entry])
+    taught(student, found, spaces)
     sigma = deviations(student, teacher, responses)
 
     def loss() -> Tensor:
@@ -218,6 +246,29 @@ def test_gradients_reach_the_student_and_every_projector(name: str, student: Loa
     assert all(p.grad is None for p in spaces.named_parameters.values())
 
 
+def test_agreement_is_the_share_of_tokens_that_the_projected_teacher_predicts(
+    student: LoadedModel, teacher: LoadedModel
+):
+    entry = {"dual_distill": {"label": "teacher", "start": "heads"}}
+    responses = written(student)
+    twin = model_of("byte-level", 1)
+    found = scored(student, teacher_of(student, twin), responses, [entry])
+    assert agreement(student, found, spaces_of(student, twin, entry)) == 1.0
+    entry = {"dual_distill": {}}
+    found = scored(student, teacher_of(student, teacher), responses, [entry])
+    spaces = taught(student, found, spaces_of(student, teacher, entry))
+    right = total = 0
+    for r in responses:
+        prompt, ids, groups = reading(student, teacher, r)
+        pairs = [(a[0], b[0]) for a, b in groups if len(a) == len(b) == 1]
+        (space,) = (live.space for live in spaces.live.values())
+        u = space.to_student(states(teacher, prompt, ids)[[b for _, b in pairs]]) @ weights_of(student).T
+        y = torch.tensor([r.token_ids[a] for a, _ in pairs], dtype=torch.long)
+        right, total = right + int((u.argmax(-1) == y).sum()), total + len(y)
+    assert agreement(student, found, spaces) == pytest.approx(right / total)
+    assert 0 < right < total
+
+
 @pytest.mark.parametrize("name", ENTRIES)
 def test_splitting_padding_and_head_chunks_leave_the_gradient(
     name: str, student: LoadedModel, teacher: LoadedModel, monkeypatch: pytest.MonkeyPatch
@@ -225,6 +276,8 @@ def test_splitting_padding_and_head_chunks_leave_the_gradient(
     entry = {"dual_distill": {**ENTRIES[name], "mask": {"top_entropy": 0.7}, "scale": "label_p"}}
     spaces = spaces_of(student, teacher, entry)
     found = scored(student, teacher_of(student, teacher), written(student), [entry])
+    if "agree" in ENTRIES[name]:
+        taught(student, found, spaces)
     whole = slopes(student, found, spaces)
     for budget in (1, 70):
         split = slopes(student, found, spaces, budget)
@@ -321,6 +374,7 @@ def test_other_students_and_the_base_of_adapters_as_teacher(
         assert math.isfinite(row["loss"])
         assert row["grad_norm"] > 0
         assert row["loss/dual_distill"] > 0
+        assert 0 <= row["dual_distill/agreement"] <= 1
 
 
 def test_several_updates_of_a_step_and_two_such_terms(world: Path, tmp_path: Path):
