@@ -1,7 +1,7 @@
 """The chunked LM head: the only place where logits exist, and never more than one chunk of tokens of them.
 
-Every chunk is recomputed in the backward pass, so that N x V logits are held neither forward nor backward; see
-`kdrl.objectives.passes`. Left out: vocabulary chunks.
+Every chunk is recomputed in the backward pass, so that N x V logits are held neither forward nor backward, unless all
+of them are less than one chunk of a large vocabulary; see `kdrl.objectives.passes`. Left out: vocabulary chunks.
 """
 
 from __future__ import annotations
@@ -165,5 +165,7 @@ def score_tokens(
     if not parts:
         empty = (hidden_ND.sum() * 0.0).expand(0)
         return TokenScores(empty, empty if entropy else None, tuple(empty for _ in comparisons))
-    logp_N, entropy_N, *losses_N = run(Pass(head, targets_N, temperature, tuple(comparisons), parts), hidden_ND)
+    keep = chunk_tokens is None and len(targets_N) * head.vocab_size <= CHUNK_ELEMENTS
+    work = Pass(head, targets_N, temperature, tuple(comparisons), parts, keep)
+    logp_N, entropy_N, *losses_N = run(work, hidden_ND)
     return TokenScores(logp_N, entropy_N if entropy else None, tuple(losses_N))

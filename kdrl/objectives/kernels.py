@@ -33,6 +33,10 @@ class Rows:
         """Logits to log-probs in place."""
         return z_CV.sub_(self.top_C[:, None]).sub_(self.logs_C[:, None])
 
+    def logits(self, logp_CV: Tensor) -> Tensor:
+        """Log-probs back to logits, in a new tensor."""
+        return logp_CV + (self.top_C + self.logs_C)[:, None]
+
 
 def read_rows(z_CV: Tensor) -> Rows:
     """The numbers of `Rows`; logits of -inf count nothing."""

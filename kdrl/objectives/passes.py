@@ -27,45 +27,95 @@ Comparison = Callable[[Tensor, slice], Tensor]
 
 @dataclass(frozen=True)
 class Pass:
-    """What a pass is over; `comparisons` see the log-probs of one slice of `parts` at a time."""
+    """What a pass is over; `comparisons` see the log-probs of one slice of `parts` at a time.
+
+    With `keep` the chunks wait for the backward pass instead of being made again: for when all are no more than one.
+    """
 
     head: Head
     targets_N: Tensor
     temperature: float
     comparisons: tuple[Comparison, ...]
     parts: Sequence[slice]
+    keep: bool = False
 
-    def logits(self, head: Head, hidden_CD: Tensor) -> Tensor:
-        """Logits at the temperature, without gradient."""
+    def chunk(self, head: Head, hidden_ND: Tensor, part: slice, rows: Rows | None = None) -> _Chunk:
+        """Logits of some tokens at the temperature; log-probs where there are comparisons."""
         with torch.no_grad():
-            logits_CV = head.logits(hidden_CD)
-            return logits_CV if self.temperature == 1.0 else logits_CV.div_(self.temperature)
+            logits_CV = head.logits(hidden_ND[part])
+            if self.temperature != 1.0:
+                logits_CV /= self.temperature
+            rows = read_rows(logits_CV) if rows is None else rows
+            return _Chunk(logits_CV, rows, rows.logp(logits_CV, self.targets_N[part]))
+
+
+@dataclass
+class _Chunk:
+    """Logits of a slice of tokens, which become log-probs, and then their own gradient."""
+
+    values_CV: Tensor
+    rows: Rows
+    logp_C: Tensor
+    normalised: bool = False
+    losses: Sequence[Tensor | None] = ()
+
+    def compare(self, work: Pass, part: slice, wanted: Sequence[bool], tracked: bool) -> None:
+        """Run the comparisons that are wanted."""
+        self.rows.normalise_(self.values_CV)
+        self.normalised = True
+        self.values_CV.requires_grad_(tracked)
+        pairs = zip(work.comparisons, wanted, strict=True)
+        self.losses = [compare(self.values_CV, part) if want else None for compare, want in pairs]
+
+    def gradient(
+        self, work: Pass, part: slice, upstream: Sequence[Tensor | None], closed: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """The gradient of the head's own sum of products, in place, and of what comparisons read beside log-probs."""
+        found: Sequence[Tensor | None] = [None] * len(closed)
+        more_CV: Tensor | None = None
+        values, pulls = [], []
+        for loss, pull in zip(self.losses, upstream[2:] if self.losses else (), strict=True):
+            if loss is not None and pull is not None and loss.requires_grad:
+                values.append(loss)
+                pulls.append(pull)
+        if values:
+            inputs = [self.values_CV, *closed]
+            more_CV, *found = torch.autograd.grad(values, inputs, pulls, retain_graph=bool(closed), allow_unused=True)
+            del values
+        self.losses = ()
+        values_CV, softcap, slope_CV = self.values_CV.detach(), work.head.softcap, None
+        if softcap is not None:
+            slope_CV = self.rows.logits(values_CV) if self.normalised else values_CV.clone()
+            slope_CV.mul_(work.temperature / softcap).square_().neg_().add_(1.0)
+        given = Pulls(work.targets_N[part], upstream[0], upstream[1], more_CV)
+        gradient_(values_CV, self.rows, given, normalised=self.normalised)
+        if slope_CV is not None:
+            values_CV.mul_(slope_CV)
+        if (factor := work.head.scale / work.temperature) != 1.0:
+            values_CV.mul_(factor)
+        return values_CV, found
 
 
 def run(work: Pass, hidden_ND: Tensor) -> tuple[Tensor, ...]:
     """Log-probs of the targets, entropies, and what each comparison gives, of all tokens."""
-    tracked = torch.is_grad_enabled()
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden_ND, *work.head.tensors))
     pieces: list[tuple[Tensor, ...]] = []
-    rows: list[Rows] = []
+    chunks: list[_Chunk | Rows] = []
     # Tensors that comparisons read and that are trained too, in the order in which they are met.
     closed: dict[int, Tensor] = {}
     with torch.autocast(hidden_ND.device.type, enabled=False):
         for part in work.parts:
-            logits_CV = work.logits(work.head, hidden_ND[part])
-            found = read_rows(logits_CV)
-            rows.append(found)
-            logp_C = found.logp(logits_CV, work.targets_N[part])
-            losses: list[Tensor] = []
+            chunk = work.chunk(work.head, hidden_ND, part)
             if work.comparisons:
-                found.normalise_(logits_CV)
-                losses = [compare(logits_CV, part) for compare in work.comparisons]
-            closed |= {id(leaf): leaf for leaf in _leaves(losses)}
-            pieces.append((logp_C, found.entropy_C, *(loss.detach().clone() for loss in losses)))
+                chunk.compare(work, part, [True] * len(work.comparisons), tracked and work.keep)
+            losses = [loss for loss in chunk.losses if loss is not None]
+            closed |= {id(leaf): leaf for leaf in _leaves(losses) if leaf is not chunk.values_CV}
+            pieces.append((chunk.logp_C, chunk.rows.entropy_C, *(loss.detach().clone() for loss in losses)))
+            chunks.append(chunk if work.keep else chunk.rows)
     columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
-    inputs = (hidden_ND, *work.head.tensors, *closed.values())
-    if not tracked or not any(tensor.requires_grad for tensor in inputs):
+    if not tracked and not closed:
         return tuple(columns)
-    return _Graph.apply(work, rows, columns, *inputs)  # type: ignore[no-any-return]
+    return _Graph.apply(work, chunks, columns, hidden_ND, *work.head.tensors, *closed.values())  # type: ignore[no-any-return]
 
 
 def _leaves(values: Iterable[Tensor]) -> Iterable[Tensor]:
@@ -88,8 +138,10 @@ class _Graph(torch.autograd.Function):
     """Gives the columns of a pass their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, work: Pass, rows: list[Rows], columns: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.work, ctx.rows = work, rows
+    def forward(
+        ctx: Any, work: Pass, chunks: list[_Chunk | Rows], columns: list[Tensor], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.work, ctx.chunks = work, chunks
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         return tuple(columns)
@@ -99,10 +151,20 @@ class _Graph(torch.autograd.Function):
         refuse_second_derivatives()
         work: Pass = ctx.work
         sums = _Sums(work, ctx.saved_tensors, ctx.needs_input_grad[3:])
+        compared = [g is not None for g in upstream[2:]]
         with torch.autocast(sums.hidden_ND.device.type, enabled=False):
-            for part, rows in zip(work.parts, ctx.rows, strict=True):
-                pulls = [None if g is None else g[part] for g in upstream]
-                sums.add_chunk(part, rows, pulls[0], pulls[1], pulls[2:])
+            for place, part in enumerate(work.parts):
+                chunk = ctx.chunks[place]
+                if isinstance(chunk, Rows):
+                    chunk = work.chunk(sums.head, sums.hidden_ND, part, chunk)
+                    if any(compared):
+                        with torch.enable_grad():
+                            chunk.compare(work, part, compared, True)
+                # What is kept becomes the gradient, so another backward pass makes it again.
+                ctx.chunks[place] = chunk.rows
+                sums.add(
+                    chunk.gradient(work, part, [None if g is None else g[part] for g in upstream], sums.closed), part
+                )
         return (None, None, None, *sums.rounded())
 
 
@@ -111,7 +173,7 @@ class _Sums:
 
     def __init__(self, work: Pass, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> None:
         count = 1 + len(work.head.tensors)
-        self.work, self.inputs, self.hidden_ND = work, inputs, inputs[0]
+        self.inputs, self.hidden_ND = inputs, inputs[0]
         self.head, self.closed = work.head.with_tensors(inputs[1:count]), list(inputs[count:])
         wide = wide_of(*inputs[:count])
         formats = [inputs[0].dtype, *(wide for _ in inputs[1:count]), *(x.dtype for x in self.closed)]
@@ -128,46 +190,13 @@ class _Sums:
         """The sums in the formats of the inputs."""
         return [None if s is None else s.to(x.dtype) for s, x in zip(self.sums, self.inputs, strict=True)]
 
-    def add_chunk(
-        self, part: slice, rows: Rows, logp_C: Tensor | None, entropy_C: Tensor | None, losses: Sequence[Tensor | None]
-    ) -> None:
-        """Add what a chunk contributes, given the upstream gradients of its numbers."""
-        work, head, hidden_CD = self.work, self.head, self.hidden_ND[part]
-        logits_CV = work.logits(head, hidden_CD)
-        slope_CV = None
-        if head.softcap is not None:
-            slope_CV = (logits_CV * (work.temperature / head.softcap)).square_().neg_().add_(1.0)
-        more_CV, compared = None, any(g is not None for g in losses)
-        if compared:
-            more_CV = self._through_comparisons(rows.normalise_(logits_CV), part, losses)
-        pulls = Pulls(work.targets_N[part], logp_C, entropy_C, more_CV)
-        gradient_CV = gradient_(logits_CV, rows, pulls, normalised=compared)
-        del more_CV, pulls
-        if slope_CV is not None:
-            gradient_CV.mul_(slope_CV)
-        if (factor := head.scale / work.temperature) != 1.0:
-            gradient_CV.mul_(factor)
-        self._add_products(gradient_CV, hidden_CD, part)
-
-    def _through_comparisons(self, logq_CV: Tensor, part: slice, losses: Sequence[Tensor | None]) -> Tensor | None:
-        """The gradient of log-probs; that of what comparisons read beside them is added up."""
-        with torch.enable_grad():
-            leaf_CV = logq_CV.detach().requires_grad_()
-            pairs = [
-                (compare(leaf_CV, part), upstream)
-                for compare, upstream in zip(self.work.comparisons, losses, strict=True)
-                if upstream is not None
-            ]
-            pairs = [(value, upstream) for value, upstream in pairs if value.requires_grad]
-        if not pairs:
-            return None
-        values, pulls = zip(*pairs, strict=True)
-        inputs = [leaf_CV, *self.closed]
-        more_CV, *found = torch.autograd.grad(values, inputs, pulls, retain_graph=bool(self.closed), allow_unused=True)
-        for total, gradient in zip(self.of_closed, found, strict=True):
+    def add(self, found: tuple[Tensor, Sequence[Tensor | None]], part: slice) -> None:
+        """Add what a chunk contributes."""
+        gradient_CV, of_closed = found
+        for total, gradient in zip(self.of_closed, of_closed, strict=True):
             if total is not None and gradient is not None:
                 total += gradient
-        return more_CV
+        self._add_products(gradient_CV, self.hidden_ND[part], part)
 
     def _add_products(self, gradient_CV: Tensor, hidden_CD: Tensor, part: slice) -> None:
         rows, of_hidden_CD = self.head.vocab_size, None

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdrl.bench.allocations import Allocations
+from kdrl.objectives import head as head_module
 from kdrl.objectives import logspace
 from kdrl.objectives.distill import distribution_loss as term_loss
 from kdrl.objectives.head import Head, LowRank, entropy_of, score_tokens
@@ -57,7 +58,7 @@ def test_every_divergence_has_the_gradient_of_full_logits(kind: Any, support: An
         )
         return term_loss(config, tokens, logq)[:, 0]
 
-    def chunked(hidden: Tensor, weight: Tensor, bias: None, size: int) -> list[Tensor]:
+    def chunked(hidden: Tensor, weight: Tensor, bias: None, size: int | None) -> list[Tensor]:
         scores = score_tokens(Head(weight), hidden, case.targets, comparisons=[compare, compare], chunk_tokens=size)
         return [scores.logp_N, *scores.losses_N]
 
@@ -66,7 +67,7 @@ def test_every_divergence_has_the_gradient_of_full_logits(kind: Any, support: An
         return [logq[range(7), case.targets], *(compare(logq, slice(0, 7)) for _ in range(2))]
 
     expected = case.with_gradients(naive)
-    for size in (1, 3, 7):
+    for size in (1, 3, 7, None):
         same(case.with_gradients(chunked, size=size), expected)
 
 
@@ -78,6 +79,28 @@ def test_what_a_loss_leaves_out_has_no_part_in_the_gradient(used: tuple[int, ...
         return lambda *inputs: [x if i in used else torch.zeros_like(x) for i, x in enumerate(way(*inputs))]
 
     same(case.with_gradients(some(case.chunked)), case.with_gradients(some(case.naive)))
+
+
+def test_what_is_less_than_a_chunk_is_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch):
+    case, calls = Case(6), 0
+    weight = case.weight.clone().requires_grad_()
+
+    def counted(logq_MV: Tensor, part: slice) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return logq_MV.square().sum(-1)
+
+    def gradient(elements: int) -> tuple[int, Tensor]:
+        nonlocal calls
+        calls = 0
+        monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", elements)
+        scores = score_tokens(Head(weight), case.hidden, case.targets, comparisons=[counted])
+        (found,) = torch.autograd.grad(scores.losses_N[0].sum(), weight)
+        return calls, found
+
+    (kept, one), (remade, other) = gradient(6 * 7), gradient(6 * 7 - 1)
+    assert (kept, remade) == (1, 2)
+    close(one, other, 1e-12)
 
 
 def test_comparisons_that_are_not_used_are_not_run_again():
@@ -94,8 +117,8 @@ def test_comparisons_that_are_not_used_are_not_run_again():
     assert calls == 2
 
 
-@pytest.mark.parametrize("size", [1, 2, 7])
-def test_tensors_that_comparisons_read_are_trained_too(size: int):
+@pytest.mark.parametrize("size", [1, 2, 7, None])
+def test_tensors_that_comparisons_read_are_trained_too(size: int | None):
     case = Case(7, vocabulary=9)
     random = torch.Generator().manual_seed(5)
     start = [torch.randn(*shape, generator=random, dtype=torch.float64) for shape in ((9, 9), (7,), (9,))]
@@ -122,7 +145,7 @@ def test_tensors_that_comparisons_read_are_trained_too(size: int):
             values = scores.losses_N
         else:
             logq = (hidden @ weight.T).log_softmax(-1)
-            parts = [slice(i, min(i + size, 7)) for i in range(0, 7, size)]
+            parts = [slice(i, min(i + (size or 7), 7)) for i in range(0, 7, size or 7)]
             values = [torch.cat([f(logq[part], part) for part in parts]) for f in (projected, late, own)]
         (torch.stack(list(values)) * case.pull).sum().backward()
         found = [x.grad for x in (hidden, weight, *leaves)]
@@ -174,13 +197,17 @@ def test_comparisons_that_couple_neighbours_are_whole_wherever_chunks_may_begin(
     same(case.with_gradients(chunked), case.with_gradients(naive))
 
 
-def test_a_graph_can_be_kept_and_a_second_derivative_or_a_changed_weight_is_refused():
+@pytest.mark.parametrize("size", [2, None])
+def test_a_graph_can_be_kept_and_a_second_derivative_or_a_changed_weight_is_refused(size: int | None):
     case = Case(5)
     weight = case.weight.clone().requires_grad_()
-    total = score_tokens(Head(weight), case.hidden, case.targets, chunk_tokens=2).logp_N.sum()
+    scores = score_tokens(
+        Head(weight), case.hidden, case.targets, comparisons=[lambda q, part: q.square().sum(-1)], chunk_tokens=size
+    )
+    total = (scores.logp_N + scores.losses_N[0]).sum()
     (first,) = torch.autograd.grad(total, weight, retain_graph=True)
     (again,) = torch.autograd.grad(total, weight, retain_graph=True)
-    assert torch.equal(first, again)
+    close(first, again, 1e-12)
     with pytest.raises(NotImplementedError, match="second derivative"):
         torch.autograd.grad(total, weight, create_graph=True)
     with torch.no_grad():
