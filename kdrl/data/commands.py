@@ -21,8 +21,8 @@ _PLAIN_EVERY_S = 10.0
 GENERATE_HELP = """Write a model's traces to problems, each scored by the task's verifier, one JSON object a line.
 
 RECIPE is a recipe (YAML, or the folder of a run), a YAML file with only `task` (and `teacher`, `student`, `rollout`),
-or a data file. The recipe's teacher writes, or the model that --model or --writer names: a teacher tuned on the task
-first (Mentor-KD, arXiv 2410.09037) is just --model runs/mentor/final.
+or a data file. The recipe's teacher writes, here or on its server (teacher.served), or the model that --model or
+--writer names: a teacher tuned on the task first (Mentor-KD, arXiv 2410.09037) is just --model runs/mentor/final.
 
 A line holds id, prompt, answer, response, reward, correct, tokens, ended, sample, seed, model. Train on it with
 task.path=FILE and source gold: of a line that is correct the response is the worked solution.
