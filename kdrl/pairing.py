@@ -36,8 +36,8 @@ def _check_tokens(student: LoadedModel, teacher: LoadedModel) -> list[str]:
         raise UserError(
             f"the teacher has another tokenizer than the student: {len(differing)} tokens differ (such as {shown}). "
             "A same-tokenizer loss would compare unrelated tokens; choose a teacher of the student's family; or let it "
-            "read its own tokens by chunk_kl, chunk_distill, overlap_distill, group_distill or sorted_distill in place "
-            "of the terms that ask it; or use its text: kdrl generate, then source traces with cross_entropy."
+            "read its own tokens by chunk_kl, chunk_distill, overlap_distill or another term of docs/teachers.md "
+            "in place of the terms that ask it; or use its text: kdrl generate, then source traces with cross_entropy."
         )
     return []
 

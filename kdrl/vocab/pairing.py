@@ -44,7 +44,7 @@ def checks_of(
 def warn_of_ranks(objective: Objective, name: str) -> list[str]:
     """A note where a teacher is followed by its sorted probabilities alone."""
     asking = [n for n, t in zip(objective.names, objective.terms, strict=True) if teacher_of(t) == name]
-    if not all(n.startswith("sorted_distill") for n in asking):
+    if not all(n.startswith(("sorted_distill", "multilevel_distill")) for n in asking):
         return []
     return [
         f"objective.{asking[0]} compares sorted probabilities and cannot tell which token is likely: a student with "
