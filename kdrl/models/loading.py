@@ -29,9 +29,9 @@ from kdrl.models.attention import recompute_layers
 from kdrl.models.compressed import check_compressed, compression
 from kdrl.models.config import ModelConfig, NewModel, NewTokenizer, TeacherModelConfig
 from kdrl.models.heads import causal_lm, check_head
-from kdrl.models.linear import quicken
 from kdrl.models.prompts import apply_template_option
 from kdrl.models.quantise import kept_weights, quantise
+from kdrl.models.quick import quicken
 from kdrl.models.scratch import character_tokenizer, new_model_config
 from kdrl.models.sources import Origin, explain, find_origin, gguf_options
 from kdrl.seeds import derive
