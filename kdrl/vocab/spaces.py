@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,12 +31,6 @@ if TYPE_CHECKING:
     from kdrl.update import Scored
 
 
-def detached(head: Head) -> Head:
-    """The same head as data."""
-    tensors = {f.name: value for f in fields(head) if isinstance(value := getattr(head, f.name), Tensor)}
-    return replace(head, **{name: value.detach() for name, value in tensors.items()})
-
-
 def reading_of(mine_KD: Tensor, theirs_KE: Tensor) -> Tensor:
     """The map `[D, E]` by which this head gives the other one's logits of K tokens best, in least squares."""
     mine_KD, theirs_KE = mine_KD.double(), theirs_KE.double()
@@ -54,7 +48,8 @@ class Space(nn.Module):
     @torch.no_grad()
     def start_from(self, student: Head, teacher: Head, shared_2K: Tensor) -> None:
         """Begin where the heads agree on the tokens that stand for the same text."""
-        mine, theirs = (head.weight_VD[ids] for head, ids in zip((student, teacher), shared_2K, strict=True))
+        heads = (head.merged().weight_VD for head in (student, teacher))
+        mine, theirs = (weight_VD[ids] for weight_VD, ids in zip(heads, shared_2K, strict=True))
         for layer, found in ((self.to_student, reading_of(mine, theirs)), (self.to_teacher, reading_of(theirs, mine))):
             layer.weight.copy_(found)
             layer.bias.zero_()
@@ -99,7 +94,7 @@ class _Tokens:
     def in_student(self, projected_TD: Tensor, label_T: Tensor) -> Tensor:
         """-log softmax(u)[label] + D(sg softmax(u), q) at each token, without those of label -1, and whether u's
         likeliest token is the label, `[T, 2]`."""
-        config, frozen, fixed_TD = self.live.config, detached(self.head), projected_TD.detach()
+        config, frozen, fixed_TD = self.live.config, self.head.map(Tensor.detach), projected_TD.detach()
         sharp = self.temperature * config.temperature
 
         def compare(logq_CV: Tensor, part: slice) -> Tensor:

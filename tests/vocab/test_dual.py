@@ -361,7 +361,10 @@ def test_a_resumed_run_is_the_same_to_the_byte(name: str, world: Path, tmp_path:
     assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in mine)
 
 
-@pytest.mark.parametrize("student", [{}, {"lora": {"rank": 2}}, {"autocast": "bfloat16"}], ids=str)
+HEAD_LORA = {"lora": {"rank": 2, "target_modules": ["q_proj", "lm_head"]}}
+
+
+@pytest.mark.parametrize("student", [{}, {"lora": {"rank": 2}}, HEAD_LORA, {"autocast": "bfloat16"}], ids=str)
 @pytest.mark.parametrize("name", ["dskd-v2", "dskd-cma"])
 def test_other_students_and_the_base_of_adapters_as_teacher(
     name: str, student: dict[str, Any], world: Path, tmp_path: Path
