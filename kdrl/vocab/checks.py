@@ -53,6 +53,11 @@ def check_vocabulary_terms(recipe: Recipe, objective: Objective) -> None:
                 f"objective.{name} reads the teacher's hidden states and embeddings, which no server or cache gives; "
                 f"load {asked} as a local model."
             )
+        if term.needs.projectors and section.offload:
+            raise UserError(
+                f"objective.{name} looks at {asked}'s embeddings during the update, when {asked}.offload has put its "
+                "weights in main memory; leave offload out."
+            )
         if section.prepare is not None:
             raise UserError(
                 f"objective.{name} reads a teacher in its own tokens, and {asked}.prepare fits a teacher to the "

@@ -81,14 +81,14 @@ def scored(
     temperature: float = 1.0,
 ) -> Scored:
     """What the trainer would hand over, the teacher a VocabTeacher or a plain one."""
-    rollouts = Rollouts.of(responses)
+    rollouts = Rollouts.of(responses, student.device)
     logp_N, entropy_N = Updater(student, 4096).score_policy(rollouts, temperature)
     active = objective_of([dict(e) for e in entries]).activate(rollouts, Moment(0, 100), entropy_N, logp_N)
     active = Beside({"teacher": teacher}).narrowed(active, rollouts)
     wanted_N = torch.stack([a.wanted_N(rollouts.row_N, rollouts.rows) for a in active]).any(0)
     whole = any(a.term.needs.teacher == "distribution" for a in active)
     evidence = {"teacher": teacher.score(rollouts, wanted_N, "distribution" if whole else "token", temperature)}
-    noise_N = torch.tensor([x for r in responses for x in (r.logp or [])])
+    noise_N = torch.tensor([x for r in responses for x in (r.logp or [])], device=student.device)
     return Scored(
         rollouts,
         active,

@@ -408,3 +408,5 @@ def test_a_teacher_whose_inside_is_elsewhere_is_refused(world: Path):
     for change in ({"served": {"urls": ["http://127.0.0.1:1"]}}, {"cache": "nowhere"}):
         with pytest.raises(UserError, match=r"objective\.dual_distill.*hidden states"):
             load_recipe(recipe_of(world, "dskd", teacher=change))
+    with pytest.raises(UserError, match="leave offload out"):
+        load_recipe(recipe_of(world, "dskd", teacher={"offload": True}))
