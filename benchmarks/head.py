@@ -195,16 +195,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokens = options.tokens or (4096 if options.device == "cuda" else 1024)
-    rows = []
-    for vocabulary in map(int, options.vocabularies.split(",")):
-        for dtype in options.dtypes.split(","):
-            for loss in ("reverse_kl", "sampled"):
-                row = measure(Case(loss, vocabulary, tokens, getattr(torch, dtype), options.device), options.repeats)
-                rows.append(row)
-                print(json.dumps(row), flush=True)
     machine = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         machine = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+    rows: list[dict[str, Any]] = []
     result = {
         "command": " ".join(["python", "benchmarks/head.py", *sys.argv[1:]]),
         "machine": torch.cuda.get_device_name() if options.device == "cuda" else machine.split(":")[-1].strip(),
@@ -215,7 +209,14 @@ def main() -> None:
         "repeats": options.repeats,
         "rows": rows,
     }
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    for vocabulary in map(int, options.vocabularies.split(",")):
+        for dtype in options.dtypes.split(","):
+            for loss in ("reverse_kl", "sampled"):
+                rows.append(
+                    measure(Case(loss, vocabulary, tokens, getattr(torch, dtype), options.device), options.repeats)
+                )
+                print(json.dumps(rows[-1]), flush=True)
+                options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
