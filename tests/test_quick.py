@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdrl.models.linear import QuickLinear, quicken
+from kdrl.models.quick import QuickLinear, quicken
 
 
 def pair(bias: bool, inputs: int = 40, outputs: int = 96) -> tuple[nn.Linear, QuickLinear]:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from kdrl.engines.attention import masked
 from kdrl.models.heads import causal_lm, decoder_of
-from kdrl.models.linear import QuickLinear
+from kdrl.models.quick import QuickLinear
 from kdrl.models.loading import LoadedModel
 from kdrl.objectives.products import product
 
