@@ -1,6 +1,6 @@
 """Time and peak memory of kdrl's head with a loss, against the same from full logits, in one run, alternating.
 
-    python benchmarks/head.py [--tokens 1024] [--repeats 5] [--threads 1] [--device cpu] [--vocabularies 1000,4000]
+    python benchmarks/head.py [--tokens 1024] [--repeats 5] [--threads 2] [--device cpu] [--vocabularies 1000,4000]
 
 Student and teacher hidden states and heads in, a loss out, forward and backward. `reverse_kl` is the full-vocabulary
 KL(q||p) a token; `sampled` the written token's log-prob and the entropy. kdrl gives log-prob, entropy and covered mass
@@ -14,11 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdrl.bench import machine
 from kdrl.bench.allocations import Allocations
+from kdrl.bench.turns import in_turns, ratios, summary, synchronize
 from kdrl.objectives.distill import DistillConfig, distribution_loss
-from kdrl.objectives.head import Head, chunks, score_tokens
+from kdrl.objectives.head import Head, score_tokens
 from kdrl.teachers.base import Evidence, Given
 
 RESULT = Path(__file__).parent / "results" / "head.json"
 WIDTH = 512
+SEED = 0
 VOCABULARIES = (1_000, 4_000, 32_000, 151_936)
 
 
@@ -48,7 +47,7 @@ class Case:
     device: str
 
     def __post_init__(self) -> None:
-        random = torch.Generator().manual_seed(0)
+        random = torch.Generator().manual_seed(SEED)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=random).to(self.device, self.dtype)
@@ -104,53 +103,36 @@ class Case:
         return [loss.detach(), self.hidden.grad, self.weight.grad]
 
 
-def seconds(case: Case, way: Callable[[], Tensor]) -> float:
-    """Of one step."""
-    if case.device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    case.step(way)
-    if case.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def peak_bytes(case: Case, way: Callable[[], Tensor]) -> int:
     """Of tensors alive at once above inputs and weight gradients."""
     gradients = {case.weight.numel() * 4, case.weight.numel() * case.weight.element_size()}
     case.hidden.grad = case.weight.grad = None
-    if case.device == "cuda":
-        case.step(way)
-        torch.cuda.synchronize()
-        case.hidden.grad = case.weight.grad = None
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        case.step(way)
-        return torch.cuda.max_memory_allocated() - before - max(gradients)
-    with Allocations(beside=gradients) as seen:
-        case.step(way)
-    return seen.peak
+    if case.device == "cpu":
+        with Allocations(beside=gradients) as seen:
+            case.step(way)
+        return seen.peak
+    synchronize()
+    before = torch.cuda.memory_allocated()
+    machine.reset_peak(case.device)
+    case.step(way)
+    return torch.cuda.max_memory_allocated() - before - max(gradients)
 
 
 def resident_bytes(case: Case, way: Callable[[], Tensor]) -> int | None:
-    """How far the resident memory of the process rises, weight gradient included; Linux on the CPU alone."""
-    status, marks = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if case.device != "cpu" or not marks.exists():
+    """How far the resident memory of the process rises, weight gradient included; None on a GPU."""
+    if case.device != "cpu":
         return None
     case.hidden.grad = case.weight.grad = None
     gc.collect()
-
-    def read(name: str) -> int:
-        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith(name))
-
-    before = read("VmRSS")
-    marks.write_text("5")
+    machine.reset_peak("cpu")
+    before = machine.peak_bytes("cpu")
     case.step(way)
-    return read("VmHWM") - before
+    after = machine.peak_bytes("cpu")
+    return None if before is None or after is None else after - before
 
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
-    """One comparison: medians of alternating runs, peaks of single ones, and how far the results lie apart."""
+    """One comparison: alternating runs, peaks of single ones, and how far the results lie apart."""
     ways = {"kdrl": case.kdrl, "full": case.full}
     if case.dtype != torch.float32:
         ways["rounded"] = case.rounded
@@ -161,62 +143,44 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     del results
     peaks = {name: peak_bytes(case, way) for name, way in ways.items()}
     resident = {name: resident_bytes(case, way) for name, way in ways.items()}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats):
-        for name in sorted(ways, reverse=bool(turn % 2)):
-            times[name].append(seconds(case, ways[name]))
-    medians = {name: statistics.median(found) for name, found in times.items()}
+    seconds = in_turns({name: lambda way=way: case.step(way) for name, way in ways.items()}, repeats, warm=0)
     return {
         "loss": case.loss,
         "dtype": str(case.dtype).removeprefix("torch."),
         "vocabulary": case.vocabulary,
         "tokens": case.tokens,
-        "chunk_tokens": max(part.stop - part.start for part in chunks(case.tokens, case.vocabulary)),
-        "time_ratio": round(medians["kdrl"] / medians["full"], 3),
-        "time_ratio_of_each_turn": [round(a / b, 3) for a, b in zip(times["kdrl"], times["full"], strict=True)],
+        "time_ratio": ratios(seconds["kdrl"], seconds["full"]),
         "peak_ratio": round(peaks["kdrl"] / peaks["full"], 4),
-        "seconds": {name: round(value, 4) for name, value in medians.items()},
+        "seconds": {name: summary(found) for name, found in seconds.items()},
         "peak_mib": {name: round(value / 2**20, 1) for name, value in peaks.items()},
-        "resident_mib": {name: value and round(value / 2**20, 1) for name, value in resident.items()},
+        "resident_mib": {name: value if value is None else round(value / 2**20, 1) for name, value in resident.items()},
         "relative_difference": dict(zip(("loss", "hidden_gradient", "weight_gradient"), apart, strict=True)),
     }
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure and write, after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--tokens", type=int, help="1024 on a CPU, 4096 on a GPU")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--vocabularies", default=",".join(map(str, VOCABULARIES)))
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--json", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokens = options.tokens or (4096 if options.device == "cuda" else 1024)
-    machine = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        machine = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
     rows: list[dict[str, Any]] = []
-    result = {
-        "command": " ".join(["python", "benchmarks/head.py", *sys.argv[1:]]),
-        "machine": torch.cuda.get_device_name() if options.device == "cuda" else machine.split(":")[-1].strip(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": options.threads,
-        "width": WIDTH,
-        "repeats": options.repeats,
-        "rows": rows,
-    }
+    command = " ".join(["python", "benchmarks/head.py", *sys.argv[1:]])
+    result = {"command": command, **machine.machine(), "seed": SEED, "width": WIDTH, "rows": rows}
     for vocabulary in map(int, options.vocabularies.split(",")):
         for dtype in options.dtypes.split(","):
             for loss in ("reverse_kl", "sampled"):
-                rows.append(
-                    measure(Case(loss, vocabulary, tokens, getattr(torch, dtype), options.device), options.repeats)
-                )
-                print(json.dumps(rows[-1]), flush=True)
-                options.output.write_text(json.dumps(result, indent=1) + "\n")
+                case = Case(loss, vocabulary, tokens, getattr(torch, dtype), options.device)
+                rows.append(measure(case, options.repeats))
+                print(rows[-1], flush=True)
+                machine.write_results(options.json, result)
 
 
 if __name__ == "__main__":
