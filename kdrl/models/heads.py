@@ -143,6 +143,14 @@ def _scale_of(config: Any) -> float:
     return scale
 
 
+def _project(head: Head, hidden_ND: Tensor) -> Tensor:
+    """Logits [N, V] of a head without adapters, applied in the weights' own format as the model does."""
+    logits = nn.functional.linear(hidden_ND.to(head.weight_VD.dtype), head.weight_VD, head.bias_V).float()
+    if head.scale != 1.0:
+        logits = logits * head.scale
+    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+
+
 @torch.no_grad()
 def check_head(model: nn.Module, vocab_size: int, where: str) -> None:
     """Refuse a model whose own logits differ from the head applied to its hidden states, on a short random input."""
@@ -154,7 +162,7 @@ def check_head(model: nn.Module, vocab_size: int, where: str) -> None:
     was_training = lm.training
     lm.eval()
     hidden_BLD = hidden_states(lm, ids_BL, mask_BL)
-    own = head_of(lm).logits(hidden_BLD.flatten(0, 1)).float()
+    own = _project(head_of(lm), hidden_BLD.flatten(0, 1))
     theirs = lm(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits.float().flatten(0, 1)
     lm.train(was_training)
     spread = theirs.std().clamp(min=1e-6)

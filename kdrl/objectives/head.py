@@ -22,7 +22,7 @@ __all__ = ["CHUNK_ELEMENTS", "Comparison", "Head", "LowRank", "TokenScores", "ch
 # Elements of one chunk of logits: 32 MiB in float32, below what glibc takes from the system anew for every array. A GPU
 # is not kept busy by so few tokens of a large vocabulary.
 CHUNK_ELEMENTS = 1 << 23
-_CHUNK_ELEMENTS_ON_GPU = 1 << 25
+CHUNK_ELEMENTS_ON_GPU = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def score_tokens(
         if low < 0 or high >= head.vocab_size:
             raise IndexError(f"tokens {low} to {high} are not all inside the vocabulary of {head.vocab_size}")
     if chunk_tokens is None and hidden_ND.is_cuda:
-        chunk_tokens = max(16, _CHUNK_ELEMENTS_ON_GPU // head.vocab_size)
+        chunk_tokens = max(16, CHUNK_ELEMENTS_ON_GPU // head.vocab_size)
     parts = chunks(len(targets_N), head.vocab_size, chunk_tokens, starts)
     if not parts:
         empty = (hidden_ND.sum() * 0.0).expand(0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kdrl.bench.allocations import Allocations
+from kdrl.objectives import products
 from kdrl.objectives.products import add_columns_by_rows, rows_by_columns, rows_by_rows, wide_of
 
 SHAPES = [(0, 5, 3), (1, 7, 3), (5, 4097, 64), (64, 9000, 128)]
@@ -34,6 +35,13 @@ def test_products_lose_nothing_but_float32_rounding(shape: tuple[int, int, int],
     add_columns_by_rows(total[:vocabulary], z, x)
     assert off(total, exact) < BOUNDS[dtype]
     assert rows_by_columns(x, w).dtype == rows_by_rows(z, w).dtype == wide
+
+
+def test_without_onednn_the_products_are_the_same(monkeypatch: pytest.MonkeyPatch):
+    x, w = torch.randn(64, 128), torch.randn(9000, 128)
+    found = rows_by_columns(x, w)
+    monkeypatch.setattr(products, "_ONEDNN", None)
+    assert off(found, rows_by_columns(x, w).double()) < 1e-6
 
 
 def test_mixed_formats_take_the_wider_one():
