@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from kdrl.models.quick import QuickLinear, quicken
+from kdrl.models.quick import QuickLinear, QuickNorm, quicken
 
 
 def pair(bias: bool, inputs: int = 40, outputs: int = 96) -> tuple[nn.Linear, QuickLinear]:
@@ -66,3 +71,50 @@ def test_names_and_weights_stay():
     assert list(before) == list(model.state_dict())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert type(copy.deepcopy(model)[0]) is QuickLinear
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm])
+def test_norms_are_at_least_as_exact_as_the_librarys_own(kind: Any, dtype: torch.dtype):
+    plain = kind(24, eps=1e-5)
+    with torch.no_grad():
+        plain.weight.normal_()
+    plain = plain.to(dtype)
+    quick = nn.Sequential(copy.deepcopy(plain))
+    quicken(quick)
+    assert type(quick[0]) is QuickNorm
+    draw = torch.randn(50, 7, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    upstream = torch.linspace(-1, 1, 24, dtype=torch.float64)
+
+    def numbers(layer: Any, weight: Tensor, x: Tensor) -> list[Tensor]:
+        x = x.clone().requires_grad_()
+        out = layer(x)
+        assert out.dtype == x.dtype
+        (out * upstream.to(out.dtype)).sum().backward()
+        assert x.grad is not None
+        assert weight.grad is not None
+        return [out.detach().double(), x.grad.double(), weight.grad.double()]
+
+    exact = plain.weight.detach().double().requires_grad_()
+    truth = numbers(lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * exact, exact, draw.double())
+    theirs, mine = numbers(plain, plain.weight, draw), numbers(quick[0], quick[0].weight, draw)
+    for a, b, c in zip(theirs, mine, truth, strict=True):
+        assert (b - c).abs().mean() <= 1.2 * (a - c).abs().mean() + 1e-14
+
+
+def test_a_norm_of_float64_has_the_exact_gradient():
+    layer = nn.Sequential(LlamaRMSNorm(6, eps=1e-3)).double()
+    quicken(layer)
+    x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, w: torch.func.functional_call(layer, {"0.weight": w}, (x,)), (x, layer[0].weight)
+    )
+
+
+def test_a_norm_under_autocast_reads_bfloat16_and_gives_what_the_library_gives():
+    theirs, mine = LlamaRMSNorm(16), nn.Sequential(LlamaRMSNorm(16))
+    quicken(mine)
+    x = torch.randn(3, 16).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mine(x).dtype == theirs(x).dtype == torch.float32
+        torch.testing.assert_close(mine(x), theirs(x), rtol=1e-2, atol=1e-2)

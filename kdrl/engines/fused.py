@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from kdrl.engines.attention import masked
 from kdrl.models.heads import causal_lm, decoder_of
-from kdrl.models.quick import QuickLinear
 from kdrl.models.loading import LoadedModel
+from kdrl.models.quick import QuickLinear
 from kdrl.objectives.products import product
 
 _KNOWN = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}

@@ -1,6 +1,8 @@
-"""Linear layers in float32 on a CPU, by oneDNN: twice as fast as the BLAS behind PyTorch's own on AMD processors.
+"""The same layers by faster kernels: float32 linear layers on a CPU by oneDNN, RMS norms in one piece.
 
-Left out: autocast and other formats, which go through oneDNN anyway.
+oneDNN is twice as fast as the BLAS behind PyTorch's products on AMD processors; a norm keeps one array for its gradient
+where the library's modules keep three. Left out: linear layers under autocast and in other
+formats, which take oneDNN anyway.
 """
 
 from __future__ import annotations
@@ -9,8 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kdrl.objectives.products import product
+
+# Others of the name multiply by 1 + weight, or normalise in groups.
+_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "SmolLM3RMSNorm"}
 
 
 class _Product(torch.autograd.Function):
@@ -47,9 +53,50 @@ class QuickLinear(nn.Linear):
         return _Product.apply(x, self.weight, self.bias)  # type: ignore[no-any-return]
 
 
+class _Norm(torch.autograd.Function):
+    """x / rms(x) * weight, computed in float32 or better and rounded once; keeps x and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(torch.promote_types(x.dtype, weight.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        unit, grad = x * scale, grads[0].to(scale.dtype)
+        of_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, of_weight, None
+        pull = grad * weight
+        along = torch.linalg.vecdot(pull, unit).unsqueeze(-1).div_(x.shape[-1])
+        return torch.addcmul(pull, unit, along, value=-1).mul_(scale).to(x.dtype), of_weight, None
+
+
+class QuickNorm(nn.Module):
+    """An RMS norm with the same weight under the same name; rounded once, where the library rounds twice."""
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """x / rms(x) * weight over the last dimension."""
+        x, weight = hidden_states, self.weight
+        if x.is_cuda and x.dtype == weight.dtype:
+            return functional.rms_norm(x, weight.shape, weight, self.variance_epsilon)
+        return _Norm.apply(x, weight, self.variance_epsilon)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """Size and offset, as the library shows them."""
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
 def quicken(model: nn.Module) -> None:
-    """Let a model's plain linear layers be quick ones, in place."""
-    if torch.backends.mkldnn.is_available():
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = QuickLinear
+    """Let a model's plain linear layers and RMS norms be quick ones, in place."""
+    for module in model.modules():
+        if type(module) is nn.Linear and torch.backends.mkldnn.is_available():
+            module.__class__ = QuickLinear
+        elif type(module).__name__ in _NORMS and type(module).__module__.startswith("transformers."):
+            module.__class__ = QuickNorm  # type: ignore[assignment]
