@@ -11,7 +11,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from kdrl.models.quick import QuickLinear, QuickNorm, quicken
+from kdrl.models.quick import QuickLinear, QuickNorm, library_layers, quicken
 
 
 def pair(bias: bool, inputs: int = 40, outputs: int = 96) -> tuple[nn.Linear, QuickLinear]:
@@ -118,3 +118,11 @@ def test_a_norm_under_autocast_reads_bfloat16_and_gives_what_the_library_gives()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert mine(x).dtype == theirs(x).dtype == torch.float32
         torch.testing.assert_close(mine(x), theirs(x), rtol=1e-2, atol=1e-2)
+
+
+def test_the_librarys_own_layers_can_be_had_back_for_a_while():
+    model = nn.Sequential(nn.Linear(3, 4), LlamaRMSNorm(4))
+    quicken(model)
+    with library_layers(model):
+        assert [type(m) for m in model] == [nn.Linear, LlamaRMSNorm]
+    assert [type(m) for m in model] == [QuickLinear, QuickNorm]

@@ -11,6 +11,8 @@ import torch
 from kdrl.bench.turns import in_turns, ratios, summary
 from kdrl.engines import TorchEngine
 from kdrl.models import LoadedModel
+from kdrl.models.quick import library_layers
+from kdrl.models.quick import library_layers
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def engine_side(loaded: LoadedModel, what: Writing, max_rows: int | None = None)
 
 
 def generate_side(loaded: LoadedModel, what: Writing, max_rows: int | None = None, **options: Any) -> Callable[[], int]:
-    """A call that writes with transformers, prompts padded on the left, and returns how many tokens.
+    """A call that writes with transformers on its own layers, prompts padded on the left, and returns how many tokens.
 
     `options` are more of `generate`'s, such as `cache_implementation`.
     """
@@ -58,7 +60,7 @@ def generate_side(loaded: LoadedModel, what: Writing, max_rows: int | None = Non
         torch.manual_seed(what.seed)
         loaded.model.eval()
         written = 0
-        with torch.inference_mode(), loaded.autocast():
+        with torch.inference_mode(), loaded.autocast(), library_layers(loaded.model):
             for given in pieces:
                 out = loaded.model.generate(
                     **given,

@@ -7,6 +7,8 @@ formats, which take oneDNN anyway.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -80,6 +82,7 @@ class QuickNorm(nn.Module):
 
     weight: nn.Parameter
     variance_epsilon: float
+    library_class: type[nn.Module]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """x / rms(x) * weight over the last dimension."""
@@ -96,7 +99,22 @@ class QuickNorm(nn.Module):
 def quicken(model: nn.Module) -> None:
     """Let a model's plain linear layers and RMS norms be quick ones, in place."""
     for module in model.modules():
-        if type(module) is nn.Linear and torch.backends.mkldnn.is_available():
+        kind = type(module)
+        if kind is nn.Linear and torch.backends.mkldnn.is_available():
             module.__class__ = QuickLinear
-        elif type(module).__name__ in _NORMS and type(module).__module__.startswith("transformers."):
+        elif kind.__name__ in _NORMS and kind.__module__.startswith("transformers."):
+            module.library_class = kind  # type: ignore[assignment]
             module.__class__ = QuickNorm  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def library_layers(model: nn.Module) -> Iterator[None]:
+    """While inside, a model's layers are those of the library again, as a benchmark's other side has them."""
+    held = [(module, type(module)) for module in model.modules() if isinstance(module, QuickLinear | QuickNorm)]
+    for module, kind in held:
+        module.__class__ = nn.Linear if kind is QuickLinear else module.library_class  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, kind in held:
+            module.__class__ = kind  # type: ignore[assignment]
