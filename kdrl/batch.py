@@ -145,7 +145,7 @@ class MicroBatch:
     segments: tuple[Segment, ...] = ()
 
 
-# Keys and values of a shared prompt are copied for each of its responses: this part of what a token costs in a layer.
+# Keys and values are copied, those of a shared prompt for each response: this part of what a token costs in a layer.
 _COPY = 1 / 8
 
 
@@ -179,7 +179,7 @@ def pack_rows(
 ) -> list[list[int]]:
     """Group the rows with a wanted token by length, `budget` tokens at a time; a longer single row stands alone.
 
-    A budget counts rows x longest, or packed a prompt once for its rows and an eighth of its tokens for each of them.
+    A budget counts rows x longest, or packed a prompt once for its rows and an eighth more of what each row attends to.
     Rows of one prompt stay together where they fit.
     """
     read = read_lengths(rollouts, wanted_N)
@@ -209,7 +209,8 @@ def _packs(groups: dict[tuple[int, ...], list[tuple[int, int]]], budget: int) ->
     for prompt, members in sorted(groups.items(), key=lambda item: (len(item[0]) + item[1][-1][0], item[1])):
         while members:
             costs = [len(prompt) + n for n in accumulate(length for length, _ in members)]
-            costs = [costs[0], *(cost + _COPY * n * len(prompt) for n, cost in enumerate(costs[1:], start=2))]
+            more = [_COPY * (cost + (n - 1) * len(prompt)) for n, cost in enumerate(costs, start=1)]
+            costs = [costs[0], *(a + b for a, b in zip(costs[1:], more[1:], strict=True))]
             if costs[-1] > room:
                 packs.append([])
                 room = budget

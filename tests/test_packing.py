@@ -14,6 +14,7 @@ from tiny import CHARACTERS, gradient, made_responses, problem, score, sharpen
 from torch import Tensor
 
 from kdrl.batch import Response, Rollouts, lay_out, pack_rows
+from kdrl.bench.allocations import Allocations
 from kdrl.models import LoadedModel, LoraConfig, ModelConfig, NewModel, NewTokenizer, load_model, packing
 from kdrl.models.heads import causal_lm, hidden_states
 from kdrl.models.packing import Packing, micro_batches, packs, wanted_states
@@ -290,6 +291,22 @@ def test_a_prompt_is_run_once_for_its_group_by_student_teacher_and_reference():
         read.clear()
         run(50)
         assert once <= sum(read) < each, "a group that fits stays together"
+
+
+@pytest.mark.parametrize("shape", [[(96, (24,) * 40)], [(30, (30,) * 4)] * 8], ids=["long prompts", "short prompts"])
+def test_a_packed_batch_of_a_budget_holds_no_more_than_a_padded_one(shape: list[tuple[int, tuple[int, ...]]]):
+    """Copies of a shared prompt's keys and values are paid for, where every head has keys of its own too."""
+    new = NewModel(architecture="llama", hidden_size=64, layers=2, heads=4, intermediate_size=192, max_positions=128)
+    config = ModelConfig(model=new, tokenizer=NewTokenizer(characters=CHARACTERS))
+    loaded, rollouts = load_model(config, "cpu", trainable=True, seed=0), Rollouts.of(made(shape))
+    peaks = []
+    for padded in (True, False):
+        micro = next(micro_batches(loaded, rollouts, range(rollouts.rows), rollouts.trained_N, 1200, padded=padded))
+        with Allocations() as counted:
+            wanted_states(loaded, micro).sum().backward()
+        peaks.append(counted.peak)
+        loaded.model.zero_grad()
+    assert peaks[1] <= peaks[0]
 
 
 @pytest.mark.parametrize("low", [{"autocast": "bfloat16"}, {"dtype": "bfloat16"}], ids=str)
