@@ -6,7 +6,8 @@ Random weights in bfloat16, vocabulary 151,936. `update`: steps of `grpo` with 0
 update's model-flops utilisation by the device's data sheet (see kdrl.bench.flops for what counts). `engine`: 0.5B, 256
 rows, 64 prompt tokens and 128 new ones, kdrl against transformers `generate` with its default and with a static cache.
 `head`: head and full-vocabulary loss at 4,096 tokens against full float32 logits, time and allocated memory (head.py
-alone has more). `--tiny` runs the same on a CPU with tiny models, to see that it runs. Writes benchmarks/results/gpu.json.
+alone has more). `--tiny` runs the same on a CPU with tiny models, to see that it runs. Writes
+benchmarks/results/gpu.json.
 """
 
 from __future__ import annotations
@@ -103,7 +104,10 @@ def measure_head(size: str, scale: Scale, budget_s: float, options: Namespace) -
         case = head.Case("reverse_kl", scale.vocabulary, scale.head_tokens, dtype, scale.device)
         row = head.measure(case, repeats(options, 3))
         found[str(dtype).removeprefix("torch.")] = row
-        print(f"head, {row['dtype']}: {row['time_ratio']} of the time, {row['peak_ratio']} of the memory", flush=True)
+        print(
+            f"head, {row['dtype']}: {times(row['time_ratio'])} of the time, {row['peak_ratio']} of the memory",
+            flush=True,
+        )
     return found
 
 

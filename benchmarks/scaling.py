@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kdrl.available import available_bytes
 from kdrl.bench.turns import in_turns, ratios, summary
+from kdrl.models.quick import library_layers
 
 # Arrays of all logits that live at once: logits and log-probs of both, their product, two gradients.
 _NAIVE_ARRAYS = 7
@@ -61,7 +62,11 @@ class Naive:
         self.teacher = step.parts.teachers["teacher"].loaded.model  # type: ignore[attr-defined]
 
     def __call__(self) -> None:
-        """Forward of both, loss, backward."""
+        """Forward of both, loss, backward, with the library's own layers."""
+        with library_layers(self.student), library_layers(self.teacher):
+            self._step()
+
+    def _step(self) -> None:
         self.student.zero_grad()
         with torch.no_grad():
             logp = self.teacher(input_ids=self.ids, attention_mask=self.mask).logits.log_softmax(-1)

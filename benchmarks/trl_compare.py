@@ -6,11 +6,12 @@ Equal: weights, tokenizer, prompts (their token counts are asserted), completion
 ends one; asserted on both sides in every step), whole vocabulary at temperature 1, AdamW at a learning rate that
 changes next to nothing, clipping at 1, one update per batch, no reference model, the same verifier, whose pattern about
 half of the completions hold (kdrl leaves groups of equal rewards out of the update; `equal_rewards` is their share).
-`float32`: all of it. `each at its best`: TRL has bf16=True and a bfloat16 teacher, kdrl student.autocast=bfloat16 and a
-bfloat16 teacher; both keep float32 weights of the student. A block is a trainer that is made, runs `--warm` steps that
-are not counted and `--steps` that are; blocks take turns. A step's time is from the end of one step to the end of the
-next, so data, verifying, logging and metrics are in it. `DistillationTrainer` and `GKDTrainer` compare whole
-distributions, and so does `opd with support full`; `opd` compares the sampled token, as its source does.
+`float32`: all of it. `each at its best`: TRL has bf16=True (a teacher in bfloat16 makes it no faster), kdrl
+student.autocast=bfloat16 and a bfloat16 teacher; both keep float32 weights of the student. A block is a trainer that is
+made, runs `--warm` steps that are not counted and `--steps` that are; blocks take turns. A step's time is from the end
+of one step to the end of the next, so data, verifying, logging and metrics are in it. `DistillationTrainer` and
+`GKDTrainer` compare whole distributions, and so does `opd with support full`; `opd` compares the sampled token, as its
+source does.
 
 Needs trl, which is no part of kdrl: `pip install -e '.[bench]'`, best in an environment of its own. Writes
 benchmarks/results/trl_compare.json after every case.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from kdrl.bench.turns import synchronize
 from kdrl.objectives.terms import Distill
 from kdrl.recipe import Recipe
 from kdrl.rollouts import Collected
@@ -31,6 +32,7 @@ class Phases:
         """Time a phase."""
         start = time.perf_counter()
         yield
+        synchronize()  # else what a GPU has yet to do would count to the next phase
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 

@@ -12,7 +12,6 @@ from kdrl.bench.turns import in_turns, ratios, summary
 from kdrl.engines import TorchEngine
 from kdrl.models import LoadedModel
 from kdrl.models.quick import library_layers
-from kdrl.models.quick import library_layers
 
 
 @dataclass(frozen=True)
