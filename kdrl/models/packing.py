@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 # What a layer may ask of attention beside causality; one that does is padded.
 _OTHER_KINDS = ("softcap", "s_aux", "position_bias", "cache")
 # Layers that attend to all that stands before, at least in a text no longer than their window.
-_KINDS, _WINDOWS = (
-    {"full_attention", "sliding_attention", "chunked_attention"},
-    ("sliding_window", "attention_chunk_size"),
-)
+_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+_WINDOWS = ("sliding_window", "attention_chunk_size")
 # Padding of one attention call may cost a third more than its tokens, or about as much as another call does.
 _WASTE, _CALL = 3, 1 << 15
 # Elements of a mask that differs from row to row: 4 MiB in float32.
