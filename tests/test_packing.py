@@ -16,7 +16,7 @@ from torch import Tensor
 from kdrl.batch import Response, Rollouts, lay_out, pack_rows
 from kdrl.bench.allocations import Allocations
 from kdrl.models import LoadedModel, LoraConfig, ModelConfig, NewModel, NewTokenizer, load_model, packing
-from kdrl.models.heads import causal_lm, hidden_states
+from kdrl.models.heads import causal_lm
 from kdrl.models.packing import Packing, micro_batches, packs, wanted_states
 from kdrl.teachers import LocalTeacher
 from kdrl.update import Updater
@@ -392,11 +392,3 @@ def test_on_a_gpu_packed_is_padded(dtype: str):
         loaded.model.zero_grad()
     for want, got in zip(*found, strict=True):
         assert (got - want).norm() <= (1e-3 if dtype == "float32" else 0.05) * want.norm()
-
-
-def test_a_packed_pass_needs_its_layout():
-    loaded = model()
-    (micro,) = micro_batches(loaded, Rollouts.of(made([(3, (4, 4))])), range(2), torch.ones(8, dtype=torch.bool), 99)
-    plain = hidden_states(loaded, micro.input_ids_BL, micro.attention_mask_BL)
-    mixed = wanted_states(loaded, micro)
-    assert not torch.allclose(plain[0][micro.place_M], mixed)
