@@ -6,6 +6,8 @@ Left out: verifier processes, fragmentation on a GPU, sliding windows (counted a
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -23,11 +25,13 @@ from kdrl.optimizers import OptimizerKind, state_bytes
 
 # Interpreter, torch and transformers on the CPU; driver context and cuBLAS workspace on a GPU. Measured, in bytes.
 _LIBRARIES = {"cpu": 360 << 20, "cuda": 800 << 20}
-# On the CPU, glibc's heap keeps about half as much again as the activations need. Measured on 1M and 20M parameters;
-# with MALLOC_MMAP_THRESHOLD_=65536 in the environment it keeps none, and the rest of the plan is within 6 %.
-HEAP_SLACK = 0.5
-# Float32 arrays of one logits chunk alive at once: logits, log-probs, their gradients, the teacher's, one to work in.
-_CHUNK_ARRAYS = 6
+# oneDNN's code and scratch for products in bfloat16 on a CPU, which it keeps by shape. Measured.
+_LOW_PRECISION = 180 << 20
+# glibc's heap keeps about half as much again as the activations of an update need, more in small arrays of many sizes,
+# and less time goes to page faults. Above so many bytes in an update a run gives arrays back at once (`settle_heap`).
+HEAP_SLACK, _SETTLED = 0.4, 256 << 20
+# Float32 arrays of one logits chunk alive at once: logits, gradient, one to work in; the teacher's and those between.
+_CHUNK_ARRAYS, _COMPARED_ARRAYS = 3, 6
 # The same for the logits of one sampling step: logits, probabilities, their running sum.
 _SAMPLING_ARRAYS = 3
 
@@ -130,6 +134,11 @@ class _Request:
     more: tuple[Item, ...] = ()
 
     @property
+    def low_precision(self) -> bool:
+        """Whether matrix products are in bfloat16."""
+        return self.compute_bytes < 4
+
+    @property
     def trained_bytes(self) -> int:
         """Of one weight that is trained: adapters are float32 whatever their base is."""
         return 4 if self.lora else self.dtype_bytes
@@ -150,6 +159,7 @@ def plan(
     *,
     trainable_parameters: int | None = None,
     micro_batch_tokens: int,
+    step_tokens: int | None = None,
     max_length: int,
     rollout_rows: int,
     dtype_bytes: int = 4,
@@ -167,9 +177,9 @@ def plan(
     """Plan the memory of a run.
 
     `trainable_parameters` are all of the student's when None, the adapters' with `lora`; `micro_batch_tokens` is the
-    token budget of one forward and backward; `max_length` is prompt and response together; `rollout_rows` responses
-    are written at once (0: none); `available` bytes are asked of the device when None; `more`: other parts.
-    Raises UserError when the device is not there.
+    token budget of one forward and backward, of a step's `step_tokens`; `max_length` is prompt and response together;
+    `rollout_rows` responses are written at once (0: none); `available` bytes are asked of the device when None;
+    `more`: other parts. Raises UserError when the device is not there.
     """
     if lora and trainable_parameters is None:
         raise ValueError("plan(lora=True) needs trainable_parameters: the parameters of the adapters")
@@ -177,7 +187,8 @@ def plan(
         student=student,
         teacher=teacher,
         trainable=student.parameters if trainable_parameters is None else trainable_parameters,
-        tokens=max(micro_batch_tokens, max_length),  # one sequence is never cut
+        # One sequence is never cut, and a step has no more than it has.
+        tokens=max(min(micro_batch_tokens, step_tokens or micro_batch_tokens), max_length),
         max_length=max_length,
         rows=rollout_rows,
         dtype_bytes=dtype_bytes,
@@ -197,8 +208,22 @@ def plan(
 
 
 def _items(r: _Request) -> tuple[Item, ...]:
-    parts = (*_held(r), *_rollout(r), *_update(r), *_optimizer_step(r), *r.more)
+    parts = [*_held(r), *_rollout(r), *_update(r), *_optimizer_step(r), *r.more]
+    if r.device.type == "cpu":
+        for phase in ("update", "prepare"):
+            slack = 0 if _settled(parts) else int(HEAP_SLACK * _kept(parts, phase))
+            parts.append(Item("heap slack", slack, phase, "freed arrays that the C library keeps"))
     return tuple(item for item in parts if item.bytes)
+
+
+def _kept(items: Iterable[Item], phase: Phase) -> int:
+    return sum(item.bytes for item in items if item.phase == phase and item.name.endswith("activations"))
+
+
+def _settled(items: Iterable[Item]) -> bool:
+    """Whether what comes and goes with a micro-batch is so much that its arrays are given back at once."""
+    items = list(items)
+    return max(sum(i.bytes for i in items if i.phase == phase) for phase in ("update", "prepare")) > _SETTLED
 
 
 def _need(r: _Request, phase: Phase) -> int:
@@ -208,6 +233,8 @@ def _need(r: _Request, phase: Phase) -> int:
 def _held(r: _Request) -> Iterable[Item]:
     """What is there from start to end."""
     yield Item("libraries", _LIBRARIES.get(r.device.type, 0), "always", "Python, torch, transformers")
+    if r.low_precision and r.device.type == "cpu":
+        yield Item("bfloat16 kernels", _LOW_PRECISION, "always", "code and scratch that oneDNN keeps by shape")
     weights = r.student.parameters
     yield Item("student weights", weights * r.dtype_bytes, "always", f"{weights:,} x {r.dtype_bytes} B")
     if r.lora:
@@ -250,33 +277,44 @@ def _rollout(r: _Request) -> Iterable[Item]:
 def _update(r: _Request) -> Iterable[Item]:
     """What forward and backward of one micro-batch need."""
     yield Item("gradients", r.trainable * r.trained_bytes, "update", f"{r.trainable:,} x {r.trained_bytes} B")
-    per_layer = activation_bytes(r.student, r.max_length, r.compute_bytes, r.attention_bytes)
+    per_layer = activation_bytes(r.student, r.compute_bytes, r.attention_bytes, frozen=r.lora)
     kept = r.student.width * r.compute_bytes
     if r.checkpointing:
         size, why = per_layer + kept * r.student.layers, f"{per_layer:,} B + {r.student.layers} layers x {kept:,} B"
     else:
         size, why = per_layer * r.student.layers, f"{r.student.layers} layers x {per_layer:,} B"
     yield Item("activations", r.tokens * size, "update", f"{r.tokens:,} tokens x {why}")
-    working = r.tokens * r.compute_bytes * (3 * r.student.mlp_width + 2 * r.student.width)
-    yield Item("backward of one layer", working, "update", "gradients of one layer's activations")
     hidden = r.student.width + (r.teacher.width if r.teacher else 0)
     yield Item("hidden states", 2 * 4 * r.tokens * hidden, "update", f"{r.tokens:,} tokens x {hidden:,} x 2 x 4 B")
-    chunk = max(CHUNK_ELEMENTS, 16 * r.student.vocabulary)
-    arrays = chunk_bytes(r.tokens, r.student.vocabulary)
-    wide = 4 * r.student.vocabulary * r.student.width if r.dtype_bytes < 4 else 0
-    yield Item("logits chunk", arrays + wide, "update", f"{_CHUNK_ARRAYS} arrays of at most {chunk:,} x 4 B")
+    # The head is through, backward too, before the layers begin.
+    layer = r.tokens * r.compute_bytes * (3 * r.student.mlp_width + 2 * r.student.width)
+    chunk = chunk_bytes(r.tokens, r.student.vocabulary, compared=r.teacher is not None)
+    if r.dtype_bytes < 4:
+        chunk += 4 * r.student.vocabulary * r.student.width
+    why = "backward of one layer" if layer > chunk else "one chunk of the head's logits"
+    yield Item("working arrays", max(layer, chunk), "update", f"{why}, the larger of both")
     if r.teacher:
         forward = r.tokens * r.teacher_bytes * (3 * r.teacher.mlp_width + 4 * r.teacher.width)
         yield Item("teacher forward", forward, "update", "one layer's activations, none kept")
-    if r.device.type == "cpu":
-        slack = int(HEAP_SLACK * (r.tokens * size + working))
-        yield Item("heap slack", slack, "update", "freed blocks that the C library keeps, half of the activations")
 
 
-def chunk_bytes(tokens: int, vocabulary: int) -> int:
-    """Bytes of the arrays of one chunk of the head."""
-    chunk = max(CHUNK_ELEMENTS, 16 * vocabulary)
-    return _CHUNK_ARRAYS * 4 * min(chunk, tokens * vocabulary)
+def settle_heap(made: MemoryPlan) -> None:
+    """Have large arrays given back at once where a plan on the CPU counts on that; for the whole process, glibc alone.
+
+    Without it the peak of a 20M update with LoRA is 1.7 times as high; the page faults cost it up to 4 % of its time.
+    """
+    if made.device == "cpu" and sys.platform.startswith("linux") and _settled(made.items):
+        library = ctypes.CDLL(None)
+        if hasattr(library, "mallopt"):
+            trim, mmap = -1, -3
+            library.mallopt(mmap, 1 << 20)
+            library.mallopt(trim, 64 << 20)
+
+
+def chunk_bytes(tokens: int, vocabulary: int, *, compared: bool = True) -> int:
+    """Bytes of the arrays of one chunk of the head, as `kdrl.objectives.head.chunks` cuts it."""
+    size = max(16, min(CHUNK_ELEMENTS // vocabulary, (tokens + 1) // 2))
+    return (_COMPARED_ARRAYS if compared else _CHUNK_ARRAYS) * 4 * size * vocabulary
 
 
 def _optimizer_step(r: _Request) -> Iterable[Item]:

@@ -92,18 +92,17 @@ def adapter_parameters(config: PretrainedConfig, lora: LoraConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def activation_bytes(shape: ModelShape, max_length: int, compute_bytes: int, attention_bytes: int) -> int:
+def activation_bytes(shape: ModelShape, compute_bytes: int, attention_bytes: int, *, frozen: bool = False) -> int:
     """Bytes that one token leaves behind in one layer for the backward pass; `compute_bytes` of matrix products.
 
-    Two norms keep three arrays of the width each in float32; attention keeps queries, repeated keys, repeated values
-    and output, and the output once more where the products are of another format; a gated MLP keeps gate, its
-    activation, up and their product; the padding mask has a row of float32.
+    Two norms keep three arrays of the width each in float32 (two where their weights are `frozen`); packed attention
+    keeps queries, keys, values and output, and queries and output once more where the products are of another format;
+    a gated MLP keeps gate, its activation, up and their product.
     """
-    norms = 2 * 3 * 4 * shape.width
+    norms = 2 * (2 if frozen else 3) * 4 * shape.width
     if shape.qk_norm:
         norms += 2 * 4 * (shape.query_width + shape.kv_width)
-    attention = attention_bytes * 4 * shape.query_width + 4 * shape.heads
+    attention = attention_bytes * 2 * (shape.query_width + shape.kv_width) + 4 * shape.heads
     if attention_bytes != compute_bytes:
         attention += compute_bytes * shape.query_width
-    mlp = compute_bytes * (4 if shape.gated_mlp else 6) * shape.mlp_width
-    return norms + attention + mlp + compute_bytes * max_length
+    return norms + attention + compute_bytes * (4 if shape.gated_mlp else 6) * shape.mlp_width

@@ -59,6 +59,23 @@ def _look_ahead(recipe: Recipe, trainable: int) -> tuple[Item, ...]:
     return (Item("before the look-ahead", trainable * size + state, "always", f"weights, {why}"),)
 
 
+def _step_tokens(recipe: Recipe) -> int:
+    """Most tokens of a step: each prompt once, where responses share it, and an eighth for each more (`pack_rows`)."""
+    rollout, response = recipe.rollout, recipe.rollout.max_new_tokens
+    prompt = _longest(recipe) - response
+    rounds, per_prompt = 1 + rollout.dynamic_sampling, max(2, rollout.group)
+    return rounds * rollout.prompts * (prompt + per_prompt * (response + prompt // 8))
+
+
+def _rows(recipe: Recipe) -> int:
+    """Most responses that are written at once, in training and in evaluation."""
+    rollout, evaluate = recipe.rollout, recipe.evaluate
+    asked = rollout.prompts * rollout.group if recipe.source.settings.generates else 0
+    for wanted, problems in ((evaluate.every, evaluate.problems), (evaluate.final_problems, evaluate.final_problems)):
+        asked = max(asked, problems * evaluate.samples if wanted else 0)
+    return min(rollout.rows, asked)
+
+
 def _trained_bytes(recipe: Recipe) -> int:
     """Bytes of a weight that is trained: adapters are float32 whatever their base is."""
     return 4 if recipe.student.lora is not None else _BYTES[recipe.student.dtype]
@@ -132,18 +149,18 @@ def memory_plan(recipe: Recipe) -> MemoryPlan:
     objective = build_objective(recipe)
     teachers = _teachers(recipe, objective)
     teacher = teachers[0][1] if teachers else None
-    writes = recipe.source.settings.generates
-    rows = min(recipe.rollout.rows, recipe.rollout.prompts * recipe.rollout.group) if writes else 0
+    rows = _rows(recipe)
     shape = ModelShape.from_config(student_config)
     teacher_shape = None if teacher is None else ModelShape.from_config(config_of(teacher))
     trainable = shape.parameters if lora is None else adapter_parameters(student_config, lora)
     device = resolve_device(recipe.device)
-    tokens = max(recipe.optimizer.micro_batch_tokens, _longest(recipe))
+    tokens = max(min(recipe.optimizer.micro_batch_tokens, _step_tokens(recipe)), _longest(recipe))
     return plan(
         shape,
         teacher_shape,
         trainable_parameters=None if lora is None else trainable,
         micro_batch_tokens=recipe.optimizer.micro_batch_tokens,
+        step_tokens=_step_tokens(recipe),
         max_length=_longest(recipe),
         rollout_rows=rows,
         dtype_bytes=_BYTES[recipe.student.dtype],

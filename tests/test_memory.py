@@ -15,11 +15,13 @@ from rich.console import Console
 from tiny import raw_recipe
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
 
+from kdrl.batch import Segment
 from kdrl.errors import UserError
 from kdrl.memory import ModelShape, plan
 from kdrl.model_shape import activation_bytes, adapter_parameters
-from kdrl.models.attention import training_attention
 from kdrl.models.config import LoraConfig
+from kdrl.models.heads import hidden_states
+from kdrl.models.packing import Packing
 from kdrl.run import resume, train
 
 REPO = Path(__file__).parents[1]
@@ -124,15 +126,13 @@ def kept_for_backward(config, tokens: int, length: int, autocast: bool) -> int:
             held.append(tensor)
         return tensor
 
-    ids = torch.randint(0, 50, (tokens // length, length))
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
+    ids = torch.randint(0, 50, (1, tokens))
+    packing = Packing([Segment(start, length) for start in range(0, tokens, length)], ids.device)
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-        training_attention(model),
     ):
-        model.base_model(ids, attention_mask=mask, use_cache=False)
+        hidden_states(model, ids, None, packing=packing)
     return sum(sizes.values())
 
 
@@ -146,7 +146,7 @@ def test_activation_formula_is_what_autograd_keeps(kind, numbers, autocast: bool
         kept_for_backward(kind(**(numbers | {"num_hidden_layers": layers})), tokens, length, autocast)
         for layers in (1, 3)
     ]
-    formula = activation_bytes(ModelShape.from_config(kind(**numbers)), length, 2 if autocast else 4, 4)
+    formula = activation_bytes(ModelShape.from_config(kind(**numbers)), 2 if autocast else 4, 4)
     assert (kept[1] - kept[0]) / 2 == pytest.approx(tokens * formula, rel=0.05)
 
 
@@ -218,13 +218,11 @@ def test_table_and_json_say_the_verdict() -> None:
         assert plain["fits"] == (start == "fits")
 
 
-HUGE = {"optimizer": {"micro_batch_tokens": 10**10}}
-
-
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(world: Path, tmp_path: Path) -> None:
     """A real process, and no folder but an empty one is left."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(raw_recipe(world, **HUGE)))
+    many = {"optimizer": {"micro_batch_tokens": 10**10}, "rollout": {"group": 10**8}}
+    recipe.write_text(json.dumps(raw_recipe(world, **many)))
     command = [sys.executable, "-m", "kdrl", "train", str(recipe), "--output", str(tmp_path / "run")]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
@@ -235,9 +233,12 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(world: Path,
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_force_starts_it_all_the_same_and_a_resumed_run_is_asked_again(world: Path, tmp_path: Path) -> None:
+def test_force_starts_it_all_the_same_and_a_resumed_run_is_asked_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
-    train(raw_recipe(world, **HUGE), output=tmp_path / "run", say=lambda text: said.append(str(text)), force=True)
+    monkeypatch.setattr("kdrl.memory.available_bytes", lambda device: 10**8)
+    train(raw_recipe(world), output=tmp_path / "run", say=lambda text: said.append(str(text)), force=True)
     memory = next(text for text in said if text.startswith("memory: "))
     assert re.match(r"memory: rollout [\d.]+ .B, update [\d.]+ .B, optimizer step [\d.]+ .B; does not fit", memory)
     with pytest.raises(UserError, match="--force"):
@@ -248,18 +249,24 @@ STEP = """
 import json, sys
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
-from kdrl.models.attention import training_attention
+from kdrl.batch import Segment
+from kdrl.memory import plan, settle_heap
+from kdrl.model_shape import ModelShape
+from kdrl.models.heads import hidden_states
+from kdrl.models.packing import Packing
 from kdrl.objectives.head import Head, score_tokens
 numbers, tokens, length, autocast = json.loads(sys.argv[1])
 torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_config(Qwen3Config(**numbers)).train()
+config = Qwen3Config(**numbers)
+run = {"micro_batch_tokens": tokens, "max_length": length, "rollout_rows": 0, "autocast": autocast}
+settle_heap(plan(ModelShape.from_config(config), **run))
+model = AutoModelForCausalLM.from_config(config).train()
 optimizer = torch.optim.AdamW(model.parameters())
 for _ in range(2):
-    ids = torch.randint(0, numbers["vocab_size"], (tokens // length, length))
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), training_attention(model):
-        hidden = model.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    ids = torch.randint(0, numbers["vocab_size"], (1, tokens))
+    packing = Packing([Segment(start, length) for start in range(0, tokens, length)], ids.device)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden = hidden_states(model, ids, None, packing=packing)
         scores = score_tokens(Head(model.lm_head.weight), hidden.flatten(0, 1), ids.flatten())
     (-scores.logp_N.mean()).backward()
     optimizer.step()
@@ -272,11 +279,11 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is measured as Linux counts it")
 @pytest.mark.parametrize(
     ("numbers", "tokens", "autocast"),
-    [(TINY, 4096, False), (TINY, 4096, True), (MIDDLE, 1024, False)],
-    ids=["tiny", "tiny autocast", "20M"],
+    [(TINY, 4096, False), (MIDDLE, 1024, False)],
+    ids=["tiny", "20M"],
 )
 def test_plan_against_the_peak_of_a_real_step(numbers: dict, tokens: int, autocast: bool) -> None:
-    """Within a third of the peak that the kernel counted."""
+    """Within a quarter of the peak that the kernel counted; benchmarks/memory_plan.py measures whole runs."""
     arguments = json.dumps([numbers, tokens, 128, autocast])
     command = [sys.executable, "-c", STEP, arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
@@ -285,4 +292,4 @@ def test_plan_against_the_peak_of_a_real_step(numbers: dict, tokens: int, autoca
     student = ModelShape.from_config(Qwen3Config(**numbers))
     made = plan(student, micro_batch_tokens=tokens, max_length=128, rollout_rows=0, autocast=autocast, available=10**11)
     print(f"planned {made.peak / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
-    assert made.peak == pytest.approx(measured, rel=0.33)
+    assert made.peak == pytest.approx(measured, rel=0.25)

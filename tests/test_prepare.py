@@ -283,6 +283,6 @@ def test_the_plan_counts_rounded_weights_and_the_teachers_activations(world: Pat
     through, after = items(recipe(world, "soft_prompt")), items(recipe(world, "output_adapter"))
     assert through["teacher activations", "prepare"] > 0
     assert ("teacher activations", "prepare") not in after
-    assert after["logits chunk", "prepare"] == after["logits chunk", "update"]
+    assert after["logits chunk", "prepare"] > 0
     assert "prepare" in memory_plan(load_recipe(recipe(world, "soft_prompt"))).to_dict()["totals"]
     assert "prepare" not in memory_plan(load_recipe(raw_recipe(world, "grpo"))).to_dict()["totals"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kdrl.checks import self_terms
-from kdrl.memory import HEAP_SLACK, Item, Phase, chunk_bytes
+from kdrl.memory import Item, Phase, chunk_bytes
 from kdrl.model_shape import ModelShape, activation_bytes
 from kdrl.objectives.objective import Objective
 from kdrl.recipe import Recipe
@@ -61,12 +61,10 @@ def _prepared(recipe: Recipe, teacher: ModelShape, tokens: int, max_length: int,
         return
     if kind.through_teacher:
         size = 2 if section.autocast else _BYTES[section.dtype]
-        layer = activation_bytes(teacher, max_length, size, size)
+        layer = activation_bytes(teacher, size, size)
         kept = tokens * teacher.layers * layer
         why = f"{tokens:,} tokens x {teacher.layers} layers x {layer:,} B"
         yield Item("teacher activations", kept, "prepare", why)
-        if device == "cpu":
-            yield Item("heap slack", int(HEAP_SLACK * kept), "prepare", "freed blocks that the C library keeps")
     hidden = 3 * 4 * tokens * teacher.width
     yield Item("hidden states", hidden, "prepare", f"{tokens:,} tokens x {teacher.width:,} x 3 x 4 B")
     yield Item("logits chunk", chunk_bytes(tokens, teacher.vocabulary), "prepare", "bare, adapted and student logits")
