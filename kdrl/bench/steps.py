@@ -20,7 +20,7 @@ from kdrl.doctor import unwritten
 from kdrl.models import LoadedModel
 from kdrl.recipe import Recipe
 from kdrl.teachers import TeacherConfig
-from kdrl.trainer import Trainer
+from kdrl.trainer import InterruptedRunError, Trainer
 from kdrl.update import Scored, Tally, Updater
 from kdrl.watch import Watch
 
@@ -100,6 +100,8 @@ def run_steps(recipe: Recipe, count: int, *, warm: int = 1, prepare: Callable[[B
                 Trainer(parts).run(watch)
             except _EnoughError:
                 found.peak_bytes = peak_bytes(builder.device)
+            except InterruptedRunError:
+                raise InterruptedRunError("stopped; a measurement leaves nothing to go on with.") from None
     finally:
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
     return found
