@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from kdrl.build import Builder, Check
 from kdrl.checks import needs_rewards
-from kdrl.doctor_samples import Measured, measure
+from kdrl.doctor_samples import measure
+from kdrl.doctor_verdicts import judge
 from kdrl.errors import UserError
 from kdrl.explain import explain_objective
 from kdrl.models import LoadedModel, encode_prompt
@@ -134,7 +135,7 @@ def examine(
         except UserError as error:
             doctor.find("samples", "wrong", str(error))
             return doctor.findings
-        _samples(doctor, resolved, measured)
+        judge(doctor, resolved, measured)
     return doctor.findings
 
 
@@ -268,104 +269,3 @@ def _verifier(doctor: Doctor, builder: Builder, problems: Sequence[Problem]) -> 
         doctor.find("verifier", bad, f"{sum(lazy)} of {len(lazy)} empty or idle responses score right; mend it")
     if not missed and not any(lazy):
         doctor.find("verifier", "ok", f"{text}, and none of the empty and idle responses")
-
-
-def _samples(doctor: Doctor, recipe: Recipe, found: Measured) -> None:
-    """Verdicts on what was measured."""
-    _accuracies(doctor, found)
-    _responses(doctor, recipe, found)
-    for name, gap in found.gaps.items():
-        far, alike = gap.beyond > 0.05 or gap.ratio < -2.0, gap.magnitude < 1e-5
-        advice = "; most of the signal is clamped or rough: train on the teacher's text first" if far else ""
-        advice = (
-            "; the teacher is the student as it starts, which pulls back and teaches nothing new" if alike else advice
-        )
-        doctor.find(
-            f"{name}'s R",
-            "note" if far or alike else "ok",
-            f"mean log p - log q is {gap.ratio:+.3f}, mean |R| {gap.magnitude:.3f}, {gap.beyond:.1%} beyond the clamp"
-            f"{advice}",
-        )
-        if gap.overlap is not None:
-            low = gap.overlap < 0.4
-            advice = (
-                "; below 40 % on-policy distillation seldom works: train on the teacher's text first" if low else ""
-            )
-            text = f"teacher and student share {gap.overlap:.0%} of their {gap.top} likeliest tokens{advice}"
-            doctor.find(f"{name}'s overlap", "note" if low else "ok", text)
-        if gap.entropy is not None:
-            text = f"{gap.entropy:.3f} nats a token, the student's {found.entropy:.3f}"
-            doctor.find(f"{name}'s entropy", "ok", text)
-    if found.alignment:
-        text = ", ".join(f"{key.removeprefix('vocabulary/')} {value:.3g}" for key, value in found.alignment.items())
-        doctor.find("alignment", "ok", text)
-    _gradients(doctor, found)
-    rows = recipe.rollout.prompts * recipe.rollout.group
-    seconds = {k: v * rows / max(1, found.rows) for k, v in found.seconds.items()}
-    total = sum(seconds.values())
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    whole = total * recipe.steps / 60
-    long = f"{whole:.0f} min" if whole < 120 else f"{whole / 60:.1f} h"
-    doctor.find("time", "ok", f"at most about {total:.1f} s a step ({parts}), {long} for {recipe.steps} steps")
-
-
-def _accuracies(doctor: Doctor, found: Measured) -> None:
-    for name, accuracy in found.accuracy.items():
-        text = f"{accuracy.right} of {accuracy.problems} {accuracy.split} problems right, {accuracy.tokens:.0f} tokens"
-        verdict: Verdict = "ok"
-        own = found.accuracy["student"]
-        if name != "student" and accuracy.right < own.right:
-            verdict, text = "note", f"{text}, fewer than the student's {own.right}; it may have little to teach here"
-        elif accuracy.right == 0:
-            verdict = "note"
-            text += (
-                "; rewards alone teach nothing from there, so distill first"
-                if name == "student"
-                else "; is it shown prompts in the form that it knows?"
-            )
-        doctor.find(f"{name}'s accuracy", verdict, text)
-
-
-def _responses(doctor: Doctor, recipe: Recipe, found: Measured) -> None:
-    text = f"{found.rows} written, {found.tokens:.0f} tokens on average, {found.truncated:.0%} cut at the limit"
-    long = found.truncated > 0.5
-    doctor.find("responses", "note" if long else "ok", text + ("; raise rollout.max_new_tokens" if long else ""))
-    if any(entry.name == "policy_gradient" for entry in recipe.objective):
-        flat = f"{found.flat:.0%} of the groups have equal rewards, which teach a policy gradient nothing"
-        doctor.find("groups", "note" if found.flat > 0.8 else "ok", flat)
-
-
-def _gradients(doctor: Doctor, found: Measured) -> None:
-    for term in found.terms:
-        if term.kept == 0:
-            doctor.find(f"objective.{term.name}", "note", "its mask keeps no token of these samples")
-            continue
-        text = f"gradient norm {term.norm:.3g} as weighted ({term.weight:g}), {term.kept} tokens"
-        if term.mass is not None:
-            text += f", its support holds {term.mass:.0%} of the teacher's mass"
-        if term.norm == 0.0:
-            flat = term.family == "rl" and found.flat == 1.0
-            why = "all rewards of a group are equal here" if flat else "it would teach nothing"
-            doctor.find(f"objective.{term.name}", "note" if flat else "wrong", f"{text}: the gradient is zero, {why}")
-        elif term.mass is not None and term.mass < 0.9:
-            doctor.find(f"objective.{term.name}", "note", f"{text}; raise k")
-        else:
-            doctor.find(f"objective.{term.name}", "ok", text)
-    sides = {family: [t for t in found.terms if t.family == family and t.norm > 0] for family in ("kd", "rl")}
-    if not (sides["kd"] and sides["rl"]):
-        return
-    kd, rl = (max(t.norm for t in sides[family]) for family in ("kd", "rl"))
-    text = f"distillation to reward {kd / rl:.2g} in gradient norm"
-    gap = next(iter(found.gaps.values()), None)
-    if gap is not None:
-        beta = sides["kd"][0].weight / sides["rl"][0].weight
-        size = beta * found.tokens * abs(gap.ratio)
-        text += f"; beta x length x KL is {beta:.3g} x {found.tokens:.0f} x {abs(gap.ratio):.2g} = {size:.2g}"
-    if kd / rl < 0.02:
-        doctor.find(
-            "balance", "note", f"{text}: the teacher hardly counts; raise the distill weight (order 1 is usual)"
-        )
-    elif kd / rl > 50:
-        doctor.find("balance", "note", f"{text}: the rewards hardly count; lower the distill weight")
-    else:
-        doctor.find("balance", "ok", text)

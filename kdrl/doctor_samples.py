@@ -37,7 +37,10 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Gap:
-    """A teacher against the student on the student's tokens: R = log p - log q, and whole distributions where known."""
+    """A teacher against the student on the student's tokens: R = log p - log q, and whole distributions where known.
+
+    Of a teacher with tokens of its own R is a chunk's, and `covered` the share of the trained tokens that are in one.
+    """
 
     ratio: float
     magnitude: float
@@ -45,6 +48,12 @@ class Gap:
     top: int = 0
     overlap: float | None = None
     entropy: float | None = None
+    covered: float | None = None
+
+    @property
+    def alike(self) -> bool:
+        """Whether the two are one model on these tokens."""
+        return self.magnitude < 1e-5
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class TermGradient:
     kept: int
     norm: float
     mass: float | None
+    teacher: str | None = None
 
 
 @dataclass
@@ -121,14 +131,17 @@ def _gradients(parts: Parts, scored: Scored, tally: Tally) -> Iterable[TermGradi
             int(active.keep_N.sum()),
             sum(squares) ** 0.5,
             mass / count if limited and count else None,
+            active.teacher,
         )
 
 
 def _gap(parts: Parts, scored: Scored, name: str, teacher: Teacher, logq_N: Tensor) -> Gap | None:
     """None where the teacher scores none of the tokens, or its own ones in place of the student's."""
     known = scored.evidence.get(name)
-    if isinstance(teacher, VocabTeacher) or known is None or not bool(known.scored_N.any()):
+    if known is None or not bool(known.scored_N.any()):
         return None
+    if isinstance(teacher, VocabTeacher):
+        return _chunk_gap(scored, name, teacher, known, logq_N)
     keep_N = known.scored_N
     ratio_N = (known.logp_N - logq_N)[keep_N].double()
     bounds = [a.term.config.clamp for a in scored.active if isinstance(a.term, Distill) and a.term.config.clamp]
@@ -150,6 +163,19 @@ def _gap(parts: Parts, scored: Scored, name: str, teacher: Teacher, logq_N: Tens
         overlap=_mean(parts, scored, whole, keep_N, lambda tokens, logq_CV: _overlap(tokens, logq_CV, top)),
         entropy=None if whole.few is not None else _mean(parts, scored, whole, keep_N, _entropy),
     )
+
+
+def _chunk_gap(scored: Scored, name: str, teacher: VocabTeacher, known: Evidence, logq_N: Tensor) -> Gap:
+    """R of whole chunks: the sum over a chunk's tokens, where every part of it was scored."""
+    kept_N = known.scored_N
+    ratio_N = (known.logp_N - logq_N)[kept_N].double()
+    _, chunk_N = known.columns["chunk"][kept_N].unique(return_inverse=True)
+    ratio_C = ratio_N.new_zeros(int(chunk_N.max()) + 1).index_add(0, chunk_N, ratio_N)
+    configs = [a.term.config for a in scored.active if a.teacher == name]
+    bounds = [bound for config in configs if (bound := getattr(config, "clamp", None))]
+    beyond = float((ratio_C.abs() > (bounds[0] if bounds else 10.0)).double().mean())
+    mean, magnitude = float(ratio_C.mean()), float(ratio_C.abs().mean())
+    return Gap(mean, magnitude, beyond, covered=teacher.numbers()["covered"])
 
 
 def _overlap(tokens: Tokens, logq_CV: Tensor, top: int) -> Tensor:

@@ -137,6 +137,8 @@ class Trainer:
                     score = row.get("eval/accuracy")
                 self.memory.update(row, done - 1, self.recipe.steps)
                 watch.step(row, [_sample(r) for r in responses])
+                for warning in self.beside.warnings():
+                    watch.note(f"note: {warning}")
                 self._stop_if_broken()
                 best = self._is_best(score)
                 if (every and done % every == 0) or best or last or self._interrupted:

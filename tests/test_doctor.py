@@ -16,6 +16,7 @@ from kdrl.build import Builder
 from kdrl.cli import main
 from kdrl.doctor import Doctor, Effort, Finding, examine, to_json
 from kdrl.doctor_samples import TOP, Accuracy, Gap, Measured, TermGradient, measure
+from kdrl.doctor_verdicts import judge
 from kdrl.errors import UserError
 from kdrl.recipe import Recipe, load_recipe, merge
 from kdrl.trainer import Trainer
@@ -182,10 +183,8 @@ def test_an_examination_leaves_the_run_as_it_would_be(world: Path, tmp_path: Pat
 
 
 def said(found: Measured, world: Path) -> dict[str, Finding]:
-    from kdrl import doctor
-
     patient = Doctor()
-    doctor._samples(patient, load_recipe(good(world)), found)
+    judge(patient, load_recipe(good(world)), found)
     return {f.what: f for f in patient.findings}
 
 
@@ -213,8 +212,13 @@ def test_verdicts_on_what_was_measured(world: Path):
     assert "the teacher hardly counts" in said(made(terms=faint), world)["balance"].text
     loud = [rl, TermGradient("distill", "kd", 1e4, 80, 1e3, None)]
     assert "the rewards hardly count" in said(made(terms=loud), world)["balance"].text
-    dead = [rl, TermGradient("distill", "kd", 1.0, 80, 0.0, None)]
+    dead = [rl, TermGradient("distill", "kd", 1.0, 80, 0.0, None, "teacher")]
     assert said(made(terms=dead), world)["objective.distill"].verdict == "wrong"
+    same = {"teacher": Gap(0.0, 0.0, 0.0)}
+    equal = said(made(terms=dead, gaps=same), world)["objective.distill"]
+    assert (equal.verdict, "equal at the start" in equal.text) == ("note", True)
+    alone = said(made(terms=dead[1:], gaps=same), world)["objective.distill"]
+    assert (alone.verdict, "no other term moves it" in alone.text) == ("wrong", True)
     flat = [TermGradient("policy_gradient", "rl", 1.0, 80, 0.0, None), kd]
     assert said(made(terms=flat, flat=1.0), world)["objective.policy_gradient"].verdict == "note"
     masked = [rl, TermGradient("distill", "kd", 1.0, 0, 0.0, None)]
@@ -223,6 +227,22 @@ def test_verdicts_on_what_was_measured(world: Path):
     assert said(made(terms=narrow), world)["objective.distill"].verdict == "note"
     far = said(made(gaps={"teacher": Gap(-4.0, 4.0, 0.2, 10, 0.1, 1.0)}, truncated=0.9), world)
     assert [far[w].verdict for w in ("teacher's R", "teacher's overlap", "responses")] == ["note"] * 3
+
+
+@pytest.mark.parametrize(("covered", "verdict"), [(0.95, "ok"), (0.6, "note"), (0.2, "wrong")])
+def test_a_teacher_that_reads_little_of_what_is_written(world: Path, covered: float, verdict: str):
+    found = said(made(alignment={"vocabulary/A/covered": 1.0, "vocabulary/B/covered": covered}), world)["alignment"]
+    assert found.verdict == verdict
+    assert (f"on {covered:.0%} of the student's tokens alone" in found.text) == (verdict != "ok")
+
+
+def test_a_teacher_that_shares_the_students_weights_is_no_fault(world: Path):
+    raw = good(world)
+    raw["student"] |= {"model": str(world / "teacher"), "lora": {"rank": 2}}
+    raw["student"].pop("tokenizer")
+    found = look(raw)
+    assert not wrongs(found)
+    assert "student and teacher are equal at the start" in of(found, "objective.distill").text
 
 
 def test_the_demos_models_swapped_are_a_teacher_that_is_worse(monkeypatch):

@@ -101,6 +101,10 @@ class Beside:
             return row
         return row | {"without_context": sum(r.privileged_ids is None for r in responses) / max(1, len(responses))}
 
+    def warnings(self) -> list[str]:
+        """What is to be said of the last step, each once in a run."""
+        return [f"{name}: {said}" for name, teacher in self.other.items() if (said := teacher.warning())]
+
     def after_update(self, moment: Moment) -> None:
         """After an optimizer step that was applied."""
         if self.own is not None:

@@ -9,6 +9,8 @@ from itertools import accumulate
 
 # A response of at least this many tokens on both sides that makes a single group is taken as a failed alignment.
 COLLAPSE = 8
+# Shares of the trained tokens that stand for the teacher's: one below HALF is too small, one below MOST worth a look.
+HALF, MOST = 0.5, 0.9
 
 
 @dataclass(frozen=True)

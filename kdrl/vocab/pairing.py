@@ -13,7 +13,7 @@ from kdrl.recipe import Recipe
 from kdrl.tasks import Problem
 from kdrl.teachers.base import Teacher
 from kdrl.teachers.checks import teacher_of
-from kdrl.vocab.align import align
+from kdrl.vocab.align import HALF, align
 from kdrl.vocab.checks import in_chunks, reads_own
 from kdrl.vocab.teacher import VocabTeacher, Vocabularies
 
@@ -55,9 +55,10 @@ def warn_of_ranks(objective: Objective, name: str) -> list[str]:
 def check_alignment(who: str, student: LoadedModel, teacher: LoadedModel, problems: Sequence[Problem]) -> list[str]:
     """A note on how the solutions (or prompts) of some problems are cut by both; UserError when nothing matches."""
     both = Vocabularies(student, teacher)
-    texts = [p.solution or p.prompt for p in problems[:64]]
+    solutions = [p.solution for p in problems[:64] if p.solution]
+    prompts = [p.prompt for p in problems[:64] if not p.solution and isinstance(p.prompt, str) and p.prompt]
     mine = teachers = groups = covered = 0
-    for text in (t for t in texts if isinstance(t, str) and t):
+    for text in [*solutions, *prompts]:
         ids, pieces = both.mine.encode(text.encode())
         others, theirs = both.theirs.encode(text.encode())
         found = align(pieces, theirs)
@@ -65,14 +66,16 @@ def check_alignment(who: str, student: LoadedModel, teacher: LoadedModel, proble
         covered += found[-1].student[1] if found else 0
     if not mine:
         return []
-    if covered * 2 < mine:
+    read = " and ".join(f"{len(t)} {what}" for t, what in ((solutions, "solutions"), (prompts, "prompts")) if t)
+    if covered < HALF * mine:
         raise UserError(
-            f"{who} cannot be aligned with the student: of {mine} student tokens of the problems' texts only {covered} "
-            "stand for text that both can write. Its tokenizer lacks their characters; choose another teacher."
+            f"{who} cannot be aligned with the student: of {mine} student tokens of {read} of the problems only "
+            f"{covered} stand for text that both can write. Its tokenizer lacks their characters; choose another."
         )
+    warned = "" if solutions else "; what the student will write is not known yet (vocabulary/covered counts it)"
     return [
-        f"{who}: {covered / mine:.0%} of the student's tokens aligned, {mine / max(1, groups):.2f} student and "
-        f"{teachers / max(1, groups):.2f} teacher tokens a chunk"
+        f"{who}: {covered / mine:.0%} of the student's tokens aligned in {read} of the problems, "
+        f"{mine / max(1, groups):.2f} student and {teachers / max(1, groups):.2f} teacher tokens a chunk{warned}"
     ]
 
 

@@ -22,7 +22,7 @@ from kdrl.objectives.head import chunks
 from kdrl.objectives.objective import Active
 from kdrl.objectives.scores import Tokens
 from kdrl.teachers.base import Evidence, Given, Gives, Need, Teacher
-from kdrl.vocab.align import COLLAPSE, Group, align, collapsed
+from kdrl.vocab.align import COLLAPSE, HALF, Group, align, collapsed
 from kdrl.vocab.pieces import pieces_of
 from kdrl.vocab.terms import VocabTerm, VocabTokens
 
@@ -157,6 +157,7 @@ class VocabTeacher:
     def __init__(self, inner: Teacher, vocabularies: Vocabularies, *, spaces: bool = False) -> None:
         self.inner, self.vocabularies, self.spaces = inner, vocabularies, spaces
         self._last: tuple[Rollouts, Aligned] | None = None
+        self._warned = False
 
     @property
     def gives(self) -> Gives:
@@ -164,7 +165,10 @@ class VocabTeacher:
         return Gives(self.inner.gives.distribution)
 
     def aligned(self, rollouts: Rollouts) -> Aligned:
-        """The chunks of a step's responses; raises UserError when every long response came out as one chunk."""
+        """The chunks of a step's responses; raises UserError when every long response came out as one chunk.
+
+        A lone one may, beside others that are covered.
+        """
         if self._last is None or self._last[0] is not rollouts:
             self._last = (rollouts, self._align(rollouts))
         return self._last[1]
@@ -196,11 +200,12 @@ class VocabTeacher:
             if found is not None:
                 rows.append((row, found, reading))
         long = sum(len(r.token_ids) >= COLLAPSE for r in rollouts.responses)
-        if lost > 1 and lost == long:
+        if lost and (not rows or 1 < lost == long):
             raise UserError(
-                f"the alignment with the teacher's tokens collapsed: each of the {lost} responses of {COLLAPSE} tokens "
-                "and more is one chunk, so nothing is compared token by token. The two tokenizers share no boundaries "
-                "on such text; choose a teacher of another tokenizer, or use its text: kdrl generate."
+                f"the alignment with the teacher's tokens collapsed: {lost} of {len(rollouts.responses)} responses "
+                f"have {COLLAPSE} tokens and more and are one chunk each, and no other of them is as long and covered, "
+                "so nothing is compared token by token. The two tokenizers share no boundaries on such text; choose a "
+                "teacher of another tokenizer, or use its text: kdrl generate."
             )
         return _lay_chunks(rollouts, rows, lost)
 
@@ -214,6 +219,20 @@ class VocabTeacher:
     def numbers(self) -> dict[str, float]:
         """How well the last step's responses were covered."""
         return {} if self._last is None else self._last[1].numbers(self._last[0].trained_N)
+
+    def warning(self) -> str | None:
+        """What is said, once, when the last step's responses were covered by less than half."""
+        if self._warned or self._last is None or not bool(self._last[0].trained_N.any()):
+            return None
+        covered = self.numbers()["covered"]
+        self._warned = covered < HALF
+        if not self._warned:
+            return None
+        return (
+            f"only {covered:.0%} of this step's trained tokens stand for text that it reads (vocabulary/covered), and "
+            "the terms that ask it train on those alone: its tokenizer lacks characters of the responses, or its "
+            "context is short. Choose another teacher, or its own text (kdrl generate); said once."
+        )
 
     def score(self, rollouts: Rollouts, keep_N: Tensor, need: Need, temperature: float) -> Evidence:
         """Score the chunks that hold a kept token."""

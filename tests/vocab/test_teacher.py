@@ -127,8 +127,17 @@ def test_a_collapsed_alignment_is_refused(student: LoadedModel, teacher: LoadedM
     )
     whole = "kdrl.vocab.teacher.align"
     monkeypatch.setattr(whole, lambda mine, theirs: [Group((0, len(mine)), (0, len(theirs)))])
-    with pytest.raises(UserError, match=r"collapsed: each of the 2 responses.*kdrl generate"):
+    with pytest.raises(UserError, match=r"collapsed: 2 of 2 responses.*kdrl generate"):
         pair.aligned(Rollouts.of(responses))
+    with pytest.raises(UserError, match="1 of 1 responses"):
+        pair.aligned(Rollouts.of(responses[:1]))
+    # Nothing that could be read beside it changes nothing; a short answer that is covered does.
+    with pytest.raises(UserError, match="1 of 2 responses"):
+        pair.aligned(Rollouts.of([responses[0], written(student, ["0", "ж"])[1]]))
+    lone = pair.aligned(Rollouts.of([responses[0], written(student, ["0"])[0]]))
+    assert lone.collapsed == 1
+    assert bool(lone.reach_N.any())
+    assert pair.aligned(Rollouts.of(written(student, ["0", "12"]))).collapsed == 0
 
 
 def test_the_note_on_two_vocabularies(student: LoadedModel, teacher: LoadedModel):
