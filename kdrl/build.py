@@ -33,6 +33,7 @@ from kdrl.tasks import Problem, Task, VerifierPool, build_task
 from kdrl.tasks.base import take
 from kdrl.teachers import LocalTeacher, PreparedTeacher, ReferenceTeacher, SelfTeacher, Teacher
 from kdrl.teachers.cache_checks import check_draws
+from kdrl.teachers.cache_store import CacheStore
 from kdrl.teachers.cached import CachedTeacher, open_cached, open_writing
 from kdrl.teachers.checks import (
     asked_models,
@@ -73,8 +74,15 @@ def resolve_device(name: str) -> str:
 class Builder:
     """Everything of one run, each part made once; verifier workers live until `stack` closes."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, stack: ExitStack, observe: Observe | None = None) -> None:
-        self.recipe, self.run_dir = recipe, run_dir
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        stack: ExitStack,
+        observe: Observe | None = None,
+        caches: type[CacheStore] = CacheStore,
+    ) -> None:
+        self.recipe, self.run_dir, self._caches = recipe, run_dir, caches
         self.device = resolve_device(recipe.device)
         self.limits = Limits.of(recipe)
         self.notes: list[str] = []
@@ -252,7 +260,7 @@ class Builder:
             recipe, cache = self.recipe, section.cache
             model, where = self.models.get(name), Path(cache.path).expanduser()
             given: dict[str, Any] = {"temperature": recipe.rollout.temperature, "seed": recipe.seed}
-            given["own"] = reads_own(recipe, self.objective, name)
+            given |= {"own": reads_own(recipe, self.objective, name), "kind": self._caches}
             found = open_writing(found, section, model, self.reader(name), where, cache, **given)
             self._stack.enter_context(found.store)
             self.notes += found.store.notes

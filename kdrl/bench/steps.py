@@ -16,7 +16,6 @@ from rich.console import Console
 from kdrl.bench.flops import Cost
 from kdrl.bench.machine import peak_bytes, reset_peak
 from kdrl.build import Builder
-from kdrl.doctor import unwritten
 from kdrl.models import LoadedModel
 from kdrl.recipe import Recipe
 from kdrl.teachers import TeacherConfig
@@ -124,6 +123,12 @@ def undisturbed(recipe: Recipe, steps: int) -> Recipe:
     if recipe.teacher is not None:
         change["teacher"] = unwritten(recipe.teacher)
     return recipe.model_copy(update=change)
+
+
+def unwritten(section: TeacherConfig) -> TeacherConfig:
+    """The teacher without the cache that it would write to, so that nothing is left behind."""
+    writes = section.cache is not None and section.cache.write
+    return section.model_copy(update={"cache": None}) if writes else section
 
 
 def _count_flops(updater: Updater, student: LoadedModel, into: list[float]) -> bool:

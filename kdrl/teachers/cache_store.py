@@ -80,7 +80,7 @@ class CacheStore:
     def read(cls, folder: Path) -> Self:
         """Open to read; raises UserError when there is none, or it is damaged or was left in the middle of a write."""
         store = cls(folder, read_manifest(folder))
-        lines, torn = _index_lines(folder)
+        lines, torn = index_lines(folder)
         if torn or any(name not in lines for name in _shards(folder)):
             raise UserError(f"{folder}: its writing was cut off; {_AGAIN}, which loses nothing that was written.")
         for name, entry in lines.items():
@@ -191,16 +191,19 @@ class CacheStore:
         if _digest(listed) != entry["keys"]:
             raise _damaged(path, "is damaged (its keys are not the ones it was saved with)")
         self.entries[name] = entry
+        self._place(name, [key.tobytes() for key in listed["keys"].numpy()], listed["lengths"].tolist())
+
+    def _place(self, name: str, keys: Sequence[bytes], lengths: Sequence[int]) -> None:
         first = 0
-        for key, length in zip(listed["keys"].numpy(), listed["lengths"].tolist(), strict=True):
-            self.places.setdefault(key.tobytes(), Place(name, first, length))
+        for key, length in zip(keys, lengths, strict=True):
+            self.places.setdefault(key, Place(name, first, length))
             first += length
 
     def _heal(self) -> None:
         """Drop a torn line, forget shards that were removed, and take up those that no line names yet."""
         for left in self.folder.glob(".part-*"):
             left.unlink(missing_ok=True)
-        lines, torn = _index_lines(self.folder)
+        lines, torn = index_lines(self.folder)
         kept = {name: entry for name, entry in lines.items() if (self.folder / name).exists()}
         if torn or len(kept) < len(lines):
             replace_file(self.folder / INDEX, b"".join(_json(entry) + b"\n" for entry in kept.values()))
@@ -250,8 +253,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _begin(folder: Path, content: Mapping[str, Any], head: Mapping[str, Tensor] | None) -> dict[str, Any]:
     """The manifest of a folder, made where there is none, which must say the same."""
-    wanted = dict(json.loads(_json({"format": FORMAT, **content})))
     raw_head = None if head is None else save(dict(head))
+    manifest = expected(folder, content, raw_head)
+    if not (folder / MANIFEST).exists():
+        if raw_head is not None:
+            replace_file(folder / HEAD, raw_head)
+        replace_file(folder / MANIFEST, _json(manifest) + b"\n")
+    return manifest
+
+
+def expected(folder: Path, content: Mapping[str, Any], raw_head: bytes | None) -> dict[str, Any]:
+    """The manifest that a folder has or is to get; raises UserError where it says something else."""
+    wanted = dict(json.loads(_json({"format": FORMAT, **content})))
     if raw_head is not None:
         wanted["head"] = wanted["head"] | {"sha256": hashlib.sha256(raw_head).hexdigest()}
     if (folder / MANIFEST).exists():
@@ -260,11 +273,7 @@ def _begin(folder: Path, content: Mapping[str, Any], head: Mapping[str, Tensor] 
         return manifest
     if any(folder.glob("shard-*")) or (folder / INDEX).exists():
         raise UserError(f"{folder} holds shards but no {MANIFEST}; put it back, or choose another --output.")
-    sealed = seal(wanted)
-    if raw_head is not None:
-        replace_file(folder / HEAD, raw_head)
-    replace_file(folder / MANIFEST, _json(sealed) + b"\n")
-    return sealed
+    return seal(wanted)
 
 
 _WORDS = {
@@ -292,7 +301,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _index_lines(folder: Path) -> tuple[dict[str, dict[str, Any]], bool]:
+def index_lines(folder: Path) -> tuple[dict[str, dict[str, Any]], bool]:
     """Lines by shard, and whether the last was cut off; raises UserError for any other that is not as it was sealed."""
     path = folder / INDEX
     try:

@@ -213,11 +213,12 @@ def open_writing(
     temperature: float,
     seed: int,
     own: bool = False,
+    kind: type[CacheStore] = CacheStore,
 ) -> WritingTeacher:
     """A teacher that stores what `inner` scores; `loaded` is its model, where it is in memory and not the student's.
 
-    `reader` gives the tokens that it is asked about: the student, or with `own` tokens the teacher. Raises UserError
-    for a folder that holds another teacher's scores or other settings.
+    `reader` gives the tokens that it is asked about: the student, or with `own` tokens the teacher; `kind` opens the
+    folder. Raises UserError for a folder that holds another teacher's scores or other settings.
     """
     chosen = stored.settings()
     check_inner(inner.gives, chosen)
@@ -229,7 +230,7 @@ def open_writing(
     head: dict[str, Tensor] | None = None
     if chosen["kind"] == "hidden":
         head, content["head"] = head_tensors(head_of(loaded or reader))
-    return WritingTeacher(inner, CacheStore.write(folder, content, head))
+    return WritingTeacher(inner, kind.write(folder, content, head))
 
 
 def check_inner(gives: Gives, chosen: Mapping[str, Any]) -> None:
