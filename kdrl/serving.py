@@ -102,9 +102,19 @@ def check_flags(serving: Serving) -> None:
             raise UserError(f"{word} leaves cached prompt tokens without log-probs, so the server could not score.")
 
 
+def check_model(model: str) -> None:
+    """Raise UserError for a folder or file that is not there; a hub id is not looked up."""
+    find_origin(TeacherModelConfig(model=model))
+    path = Path(model)
+    if "/" in model and path.parent.is_dir() and not path.exists():
+        raise UserError(
+            f"model {model!r}: the folder {str(path.parent)!r} holds no {path.name!r}. If it is a hub id, start the "
+            "command from a folder that holds no such name."
+        )
+
+
 def check(serving: Serving) -> None:
-    """Raise UserError for a model, an interpreter, a key or a port that will not do."""
-    find_origin(TeacherModelConfig(model=serving.model))
+    """Raise UserError for an interpreter, a key or a port that will not do."""
     if serving.key_env is not None and not os.environ.get(serving.key_env, "").strip():
         raise UserError(f"--key-env names the environment variable {serving.key_env}, which is not set.")
     if shutil.which(serving.python) is None:
@@ -160,6 +170,7 @@ def serve_command(
     interpreter = python or sys.executable
     serving = Serving(model, host, port, top_k, gpu_memory, max_length, dtype, key_env, interpreter, tuple(extra or ()))
     check_flags(serving)
+    check_model(model)
     if not dry_run:
         check(serving)
     key = "VLLM_API_KEY=$" + key_env + " " if key_env else ""

@@ -86,8 +86,8 @@ class TeacherConfig(TeacherModelConfig):
     prepare: PrepareField | None = None
     """What is learned around the frozen teacher before each step, as in {soft_prompt: {tokens: 7, lr: 5.0e-5}}."""
     served: ServedConfig | None = None
-    """The teacher is on a server, as in {urls: [http://HOST:8000]}; `model` then names its tokenizer, and weights for
-    the parity check where they are at hand."""
+    """The teacher is on a server, as in {urls: [http://HOST:8000]} or http://HOST:8000 alone; `model` then names its
+    tokenizer, and weights for the parity check where they are at hand."""
     cache: CacheConfig | None = None
     """A folder of `kdrl cache-teacher`, whose scores are read with no teacher in memory (`model` then names its
     tokenizer); or {path: FOLDER, write: true, kind: topk, k: 64}: the teacher scores what the folder lacks."""
@@ -98,7 +98,8 @@ class TeacherConfig(TeacherModelConfig):
     def _elsewhere(self) -> TeacherConfig:
         away = self.served is not None or self.reads_cache
         if self.offload and (away or self.prepare is not None):
-            raise ValueError("`offload` moves weights in and out that only score here; remove it, or `prepare`")
+            other = "`served`" if self.served is not None else "`cache`" if away else "`prepare`"
+            raise ValueError(f"`offload` moves weights in and out that only score here; remove it, or {other}")
         if self.load is not None and away:
             raise ValueError("`load` is for weights in this process, and this teacher's are not; remove it")
         if self.served is not None and self.prepare is not None:

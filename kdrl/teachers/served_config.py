@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -22,7 +22,7 @@ def plain_url(url: str) -> str:
 
 
 class ServedConfig(Config):
-    """A teacher behind vLLM's OpenAI-compatible server, or one that speaks as it does."""
+    """A teacher behind vLLM's OpenAI-compatible server, or one that speaks as it does; an address alone is urls."""
 
     urls: tuple[str, ...] = Field(min_length=1)
     """Addresses such as http://127.0.0.1:8000; several are replicas of one model."""
@@ -48,9 +48,19 @@ class ServedConfig(Config):
     key_env: str | None = None
     """Environment variable that holds the server's API key."""
     parity: int = Field(default=4, ge=0)
-    """Responses compared with a local forward pass at the start when `teacher.model` has weights at hand; 0: none."""
+    """Responses that every replica scores as a local forward pass does, or where `teacher.model` has no weights at
+    hand as the first replica does; 0: none."""
     tolerance: float = Field(default=0.05, gt=0.0)
-    """Largest mean difference of a token's log-prob, in nats, between server and local pass."""
+    """Largest mean difference of a token's log-prob, in nats, in that comparison."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _address(cls, raw: Any) -> Any:
+        if isinstance(raw, str):
+            return {"urls": [raw]}
+        if not isinstance(raw, dict | ServedConfig):
+            raise ValueError(f"write it as {{urls: [http://HOST:8000]}}, or one address alone, not {raw!r}")
+        return raw
 
     @field_validator("urls")
     @classmethod

@@ -101,6 +101,18 @@ def test_it_becomes_the_server_and_hands_the_key_on_unseen(world: Path, tmp_path
     assert "s3cret" not in last.removeprefix("key=s3cret")
 
 
+def test_a_dry_run_too_needs_a_model_that_is_there(
+    kdrl: Kdrl, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("models/nope", "./nope", str(tmp_path / "nope")):
+        status, out, err = kdrl(path, "--dry-run")
+        assert (status, out) == (2, "")
+        assert path in err
+    assert kdrl("Qwen/Qwen3-8B", "--dry-run")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
