@@ -39,9 +39,11 @@ from kdrl.teachers.checks import (
     asked_models,
     asked_teachers,
     check_routes,
+    place_of,
     same_model,
     section_of,
     shares_student,
+    the_teacher,
 )
 from kdrl.teachers.combined import CombinedConfig
 from kdrl.teachers.offloaded import OffloadedTeacher, check_offload
@@ -117,15 +119,15 @@ class Builder:
             self.notes.append("the teacher is not loaded: no term asks it and it writes nothing")
         for name in asked:
             section = section_of(recipe, name)
-            own = reads_own(recipe, self.objective, name)
+            own, where = reads_own(recipe, self.objective, name), place_of(name)
             if own and (section.reads_cache or section.served is not None):
                 # Its weights are elsewhere, and its tokens are its own.
                 self.readers[name] = load_without_weights(section)
-                note = partial(check_vocabularies, self.student, self.readers[name])
+                note = partial(check_vocabularies, self.student, self.readers[name], the_teacher(where))
                 self._observe("vocabularies" if name == "teacher" else f"vocabularies ({name})", note)
             if section.reads_cache:
-                who = "teacher.model" if own else "the student"
-                self.cached[name] = open_cached(section, self.reader(name), recipe.rollout.temperature, who)
+                who = f"{where}.model" if own else "the student"
+                self.cached[name] = open_cached(section, self.reader(name), recipe.rollout.temperature, who, where)
                 self.notes.append(f"{name} is not loaded: its scores are read from {self.cached[name].store.folder}")
                 continue
             if section.served is not None:
@@ -136,7 +138,7 @@ class Builder:
                 self.notes.append(f"{name} is the student's own base model: its weights are shared, adapters off")
                 continue
             if section.offload:
-                self._observe(f"offload ({name})", partial(check_offload, self.device, section.load is not None))
+                self._observe(f"offload ({name})", partial(check_offload, self.device, section.load is not None, where))
             alike = [n for n in found if in_chunks(self.objective, n) == in_chunks(self.objective, name)]
             twin = next((n for n in alike if same_model(section_of(recipe, n), section)), None)
             if twin is not None:
@@ -145,7 +147,7 @@ class Builder:
                 continue
             found[name] = load_model(section, self.device, trainable=False, seed=recipe.seed)
             pair = (self.student, found[name])
-            for what, check in checks_of(recipe, self.objective, name, pair, pairing_checks(*pair)).items():
+            for what, check in checks_of(recipe, self.objective, name, pair, pairing_checks(*pair, where)).items():
                 self._observe(what if name == "teacher" else f"{what} ({name})", check)
         return found
 

@@ -13,7 +13,7 @@ from kdrl.sources.student import privileged_prompt
 from kdrl.tasks import Problem
 from kdrl.tasks.base import Prompt
 from kdrl.teachers.base import Gives
-from kdrl.teachers.checks import teacher_of
+from kdrl.teachers.checks import place_of, teacher_of, the_teacher
 from kdrl.teachers.context import assumed_context
 
 
@@ -22,45 +22,48 @@ def check_pairing(student: LoadedModel, teacher: LoadedModel) -> list[str]:
     return [note for check in pairing_checks(student, teacher).values() for note in check()]
 
 
-def pairing_checks(student: LoadedModel, teacher: LoadedModel) -> dict[str, Callable[[], list[str]]]:
-    """The checks of a pair by name, in order; each raises UserError or returns notes."""
+def pairing_checks(
+    student: LoadedModel, teacher: LoadedModel, where: str = "teacher"
+) -> dict[str, Callable[[], list[str]]]:
+    """The checks of a pair by name, in order; each raises UserError or returns notes. `where` names the teacher."""
     checks = {"tokenizer": _check_tokens, "end token": _check_ends, "chat template": _templates, "vocabulary": _cut}
-    return {name: partial(check, student, teacher) for name, check in checks.items()}
+    return {name: partial(check, student, teacher, where) for name, check in checks.items()}
 
 
-def _check_tokens(student: LoadedModel, teacher: LoadedModel) -> list[str]:
+def _check_tokens(student: LoadedModel, teacher: LoadedModel, where: str) -> list[str]:
     mine, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     differing = sorted(t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t))
     if differing:
         shown = ", ".join(repr(t) for t in differing[:3])
         raise UserError(
-            f"the teacher has another tokenizer than the student: {len(differing)} tokens differ (such as {shown}). "
-            "A same-tokenizer loss would compare unrelated tokens; choose a teacher of the student's family; or let it "
-            "read its own tokens by chunk_kl, chunk_distill, overlap_distill or another term of docs/teachers.md "
-            "in place of the terms that ask it; or use its text: kdrl generate, then source traces with cross_entropy."
+            f"{the_teacher(where)} has another tokenizer than the student: {len(differing)} tokens differ (such as "
+            f"{shown}). A same-tokenizer loss would compare unrelated tokens; choose a teacher of the student's "
+            "family; or let it read its own tokens by chunk_kl, chunk_distill, overlap_distill or another term of "
+            "docs/teachers.md in place of the terms that ask it; or use its text: kdrl generate, then source traces "
+            "with cross_entropy."
         )
     return []
 
 
-def _check_ends(student: LoadedModel, teacher: LoadedModel) -> list[str]:
+def _check_ends(student: LoadedModel, teacher: LoadedModel, where: str) -> list[str]:
     if set(student.eos_ids).isdisjoint(teacher.eos_ids):
         names = [_tokens(m) for m in (student, teacher)]
         raise UserError(
-            f"student and teacher end a response differently ({names[0]} and {names[1]}), so the teacher would punish "
-            "every ending. Set teacher.eos or student.eos to a common token, or choose another pair."
+            f"student and {where} end a response differently ({names[0]} and {names[1]}), so the teacher would punish "
+            f"every ending. Set {where}.eos or student.eos to a common token, or choose another pair."
         )
     if student.eos_ids != teacher.eos_ids:
-        return ["student and teacher share only some end tokens; consider objective.distill.skip_eos=true"]
+        return [f"student and {where} share only some end tokens; consider objective.distill.skip_eos=true"]
     return []
 
 
-def _templates(student: LoadedModel, teacher: LoadedModel) -> list[str]:
+def _templates(student: LoadedModel, teacher: LoadedModel, where: str) -> list[str]:
     if student.tokenizer.chat_template != teacher.tokenizer.chat_template:
-        return ["the teacher's chat template differs; it is shown prompts in the student's template"]
+        return [f"{the_teacher(where)}'s chat template differs; it is shown prompts in the student's template"]
     return []
 
 
-def _cut(student: LoadedModel, teacher: LoadedModel) -> list[str]:
+def _cut(student: LoadedModel, teacher: LoadedModel, where: str) -> list[str]:
     rows = [_rows(m) for m in (student, teacher)]
     if rows[0] != rows[1]:
         return [f"vocabulary rows {rows[0]} and {rows[1]} are both cut to the tokenizer's {student.vocab_size}"]
@@ -107,10 +110,14 @@ def check_lengths(
         context = getattr(config, "max_position_embeddings", None)
         if context is not None and need > context:
             raise UserError(
-                f"the {who} reads at most {context} tokens, but a prompt of {longest} and rollout.max_new_tokens of "
-                f"{recipe.rollout.max_new_tokens} make {need}; lower rollout.max_new_tokens or set "
+                f"{_called(who)} reads at most {context} tokens, but a prompt of {longest} and rollout.max_new_tokens "
+                f"of {recipe.rollout.max_new_tokens} make {need}; lower rollout.max_new_tokens or set "
                 "task.max_prompt_tokens."
             )
+
+
+def _called(who: str) -> str:
+    return "the student" if who == "student" else the_teacher(place_of(who))
 
 
 def check_numbers(recipe: Recipe) -> list[str]:

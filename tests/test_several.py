@@ -340,3 +340,34 @@ def test_combinations_neither_write_nor_are_two_of_one_name(world: Path):
         load_recipe(raw | {"source": "teacher"})
     with pytest.raises(UserError, match="two teachers of one name"):
         load_recipe(raw | {"teacher": section()})
+
+
+OTHER = {"tokenizer": {"characters": "9876543210+-=;#abcdefghijklmnopqrstuvwxyz ."}}
+ROUTE = {"route": {"by": "answer", "to": {"2": "A"}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"teachers": {"B": OTHER}}, r"teachers\.B has another tokenizer than the student"),
+        ({"teachers": {"B": {"eos": ["#"]}}}, r"student and teachers\.B end .*Set teachers\.B\.eos"),
+        ({"teachers": {"B": {"model": {"max_positions": 8}}}}, r"teachers\.B reads at most 8 tokens"),
+        ({"teachers": {"B": {"offload": True, "model": {"hidden_size": 24}}}}, r"teachers\.B\.offload moves"),
+        ({"teachers": {"B": {"cache": "/none"}}}, r"store them: teachers\.B\.cache=\{path"),
+        ({"teachers": {"R": {"route": {"by": "colour", "to": {"x": "A"}}}}}, r"teachers\.R\.route\.by=colour"),
+    ],
+)
+def test_a_refusal_names_which_of_several_teachers_is_meant(
+    change: dict[str, Any], says: str, world: Path, tmp_path: Path
+):
+    names = ["A", "B", *(["R"] if "R" in change["teachers"] else [])]
+    terms = [{"distill": TOKEN | {"teacher": name}} for name in names]
+    raw = raw_recipe(world, None, objective=terms, teachers={"A": section(), "B": section()})
+    with pytest.raises(UserError, match=says):
+        run(merge(raw, change), tmp_path / "run")
+
+
+def test_a_route_that_is_left_open_names_its_section(world: Path, tmp_path: Path):
+    raw = raw_recipe(world, None, objective=[{"distill": TOKEN}], teachers={"A": section()}, teacher=ROUTE)
+    with pytest.raises(UserError, match=r"^teacher\.route"):
+        run(raw, tmp_path / "run")

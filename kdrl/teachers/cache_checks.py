@@ -10,7 +10,7 @@ from kdrl.recipe import Recipe
 from kdrl.sources import kinds
 from kdrl.sources.config import SourceSettings
 from kdrl.sources.keep import Filtered
-from kdrl.teachers.checks import asked_models, asked_teachers, teacher_of
+from kdrl.teachers.checks import asked_models, asked_teachers, place_of, teacher_of
 from kdrl.teachers.combined import CombinedConfig
 from kdrl.teachers.config import TeacherConfig
 
@@ -45,15 +45,16 @@ def check_cache(recipe: Recipe, objective: Objective) -> None:
     there = fixed_text(recipe.source.settings)
     for name, term in zip(objective.names, objective.terms, strict=True):
         asked = teacher_of(term)
-        if asked is None or not cached & set(_members(recipe, asked)):
+        read = [] if asked is None else [member for member in _members(recipe, asked) if member in cached]
+        if not read:
             continue
         new = (set(term.config.on) & set(recipe.source.origins)) - set(there)
         if new:
             fits = f"set on: [{', '.join(there)}]" if there else "choose source gold or traces"
             raise UserError(
                 f"objective.{name} reads {', '.join(sorted(new))} responses, which are not written before training, so "
-                f"no cache holds them; {fits}, or have the run score and store them: teacher.cache={{path: FOLDER, "
-                "write: true}."
+                f"no cache holds them; {fits}, or have the run score and store them: {place_of(read[0])}.cache="
+                "{path: FOLDER, write: true}."
             )
 
 

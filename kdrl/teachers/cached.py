@@ -153,18 +153,22 @@ def check_temperature(store: CacheStore, temperature: float) -> None:
 
 
 def open_cached(
-    section: TeacherConfig, reader: LoadedModel, temperature: float, who: str = "the student"
+    section: TeacherConfig,
+    reader: LoadedModel,
+    temperature: float,
+    who: str = "the student",
+    where: str = "teacher",
 ) -> CachedTeacher:
     """The teacher that reads a section's cache; raises UserError for one of another tokenizer, teacher or temperature.
 
-    `reader`, the tokenizer of `who`, gave the tokens that it is asked about. The weights are compared where `model` is
-    a local folder that holds them.
+    `reader`, the tokenizer of `who`, gave the tokens that it is asked about; the section is at `where` in the recipe.
+    The weights are compared where `model` is a local folder that holds them.
     """
     assert section.cache is not None
     store = CacheStore.read(Path(section.cache.path).expanduser())
     manifest = store.manifest
     check_temperature(store, temperature)
-    for whose, tokenizer in ((who, reader.tokenizer), ("teacher.model", _tokenizer_of(section))):
+    for whose, tokenizer in ((who, reader.tokenizer), (f"{where}.model", _tokenizer_of(section))):
         if tokenizer_digest(tokenizer) != manifest["tokenizer"]:
             raise UserError(
                 f"{store.folder} holds scores of a teacher with another tokenizer than {whose} has; choose a teacher "
@@ -174,7 +178,7 @@ def open_cached(
         raise UserError(
             f"{who} and the teacher of {store.folder} end a response differently; set eos to a common token."
         )
-    _check_teacher(store, section)
+    _check_teacher(store, section, where)
     return CachedTeacher(store)
 
 
@@ -186,19 +190,19 @@ def _tokenizer_of(section: TeacherConfig) -> Any:
     return load_tokenizer(section)
 
 
-def _check_teacher(store: CacheStore, section: TeacherConfig) -> None:
+def _check_teacher(store: CacheStore, section: TeacherConfig, where: str) -> None:
     teacher = store.manifest["teacher"]
     for name, value in options_of(section).items():
         if teacher["options"].get(name) != value:
             raise UserError(
-                f"teacher.{name} is {value}, and {store.folder} holds scores of a teacher with "
+                f"{where}.{name} is {value}, and {store.folder} holds scores of a teacher with "
                 f"{teacher['options'].get(name, 'the default')}; leave it out, or write another cache."
             )
     found = files_digest(section) if teacher["of"] == "files" else None
     if found is not None and found != teacher["weights"]:
         raise UserError(
             f"{store.folder} holds scores of another teacher ({teacher['model']}, weights {teacher['weights'][:12]}) "
-            f"than teacher.model={section.model} (weights {found[:12]}); name the cache of this teacher, or write one."
+            f"than {where}.model={section.model} (weights {found[:12]}); name the cache of this teacher, or write one."
         )
 
 

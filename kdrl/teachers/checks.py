@@ -64,6 +64,16 @@ def teacher_of(term: Term[Any]) -> str | None:
     return term.config.teacher if isinstance(term, Distill | VocabTerm) else "teacher"
 
 
+def place_of(name: str) -> str:
+    """Where a recipe describes the teacher called `name`."""
+    return name if name == "teacher" else f"teachers.{name}"
+
+
+def the_teacher(where: str) -> str:
+    """The teacher that is described at `where` in a recipe, in words."""
+    return "the teacher" if where == "teacher" else where
+
+
 def asked_teachers(objective: Objective) -> list[str]:
     """Names of the teachers that terms ask, each once, the student itself left out."""
     names = [teacher_of(term) for term in objective.terms]
@@ -164,7 +174,7 @@ def _check_members(recipe: Recipe, name: str, section: CombinedConfig, known: se
 
 def check_routes(recipe: Recipe, problems: Iterable[Problem]) -> None:
     """Raise UserError for a problem that a routed teacher has no member for."""
-    routes = [s.route for s in recipe.teachers.values() if isinstance(s, CombinedConfig) and s.route is not None]
-    for route in routes:
-        for problem in problems:
-            route_of(route, problem)
+    for name, section in recipe.teachers.items():
+        if isinstance(section, CombinedConfig) and section.route is not None:
+            for problem in problems:
+                route_of(section.route, problem, place_of(name))

@@ -37,11 +37,11 @@ class OffloadedTeacher(LocalTeacher):
         return head.map(Tensor.detach)
 
 
-def check_offload(device: str | torch.device, compressed: bool) -> None:
+def check_offload(device: str | torch.device, compressed: bool, where: str = "teacher") -> None:
     """Raise UserError where there is nowhere else for the weights to go, or where they cannot be moved."""
     if torch.device(device).type != "cuda":
         raise UserError(
-            f"teacher.offload moves weights between a GPU and main memory, and the device is {device}; leave it out."
+            f"{where}.offload moves weights between a GPU and main memory, and the device is {device}; leave it out."
         )
     if compressed:
-        raise UserError("teacher.offload cannot move weights that teacher.load has compressed; leave one of them out.")
+        raise UserError(f"{where}.offload cannot move weights that {where}.load has compressed; leave one of them out.")

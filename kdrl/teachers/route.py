@@ -18,17 +18,20 @@ def columns_of(problem: Problem) -> dict[str, Any]:
     return {**(metadata if isinstance(metadata, Mapping) else {}), **inner, **problem.meta}
 
 
-def route_of(config: RouteConfig, problem: Problem) -> str:
-    """The name of the teacher; raises UserError for a problem without the column, or with a value of no teacher."""
+def route_of(config: RouteConfig, problem: Problem, where: str = "teacher") -> str:
+    """The name of the teacher; raises UserError for a problem without the column, or with a value of no teacher.
+
+    `where` is the place of the section in the recipe.
+    """
     columns = columns_of(problem)
     if config.by not in columns:
         raise UserError(
-            f"teacher.route.by={config.by} is no column of the problem {problem.id}{nearest(config.by, columns)}"
+            f"{where}.route.by={config.by} is no column of the problem {problem.id}{nearest(config.by, columns)}"
         )
     value = str(columns[config.by])
     name = config.to.get(value, config.otherwise)
     if name is None:
         raise UserError(
-            f"teacher.route names no teacher for {config.by}={value!r}; add it to route.to, or set route.otherwise."
+            f"{where}.route names no teacher for {config.by}={value!r}; add it to route.to, or set route.otherwise."
         )
     return name

@@ -16,6 +16,7 @@ from kdrl.errors import UserError
 from kdrl.objectives.head import chunks
 from kdrl.objectives.support import Few
 from kdrl.teachers.base import Evidence, Gives, Need, Teacher
+from kdrl.teachers.checks import place_of
 from kdrl.teachers.combined import AverageConfig, BestConfig, RouteConfig
 from kdrl.teachers.route import route_of
 
@@ -94,6 +95,7 @@ class SeveralTeachers:
 
     def __init__(self, name: str, teachers: Mapping[str, Teacher]) -> None:
         self.name, self.teachers = name, dict(teachers)
+        self.where = place_of(name)
 
     @property
     def gives(self) -> Gives:
@@ -121,7 +123,7 @@ class RoutedTeacher(SeveralTeachers):
     def score(self, rollouts: Rollouts, keep_N: Tensor, need: Need, temperature: float) -> Evidence:
         """Score the kept tokens; raises UserError for a problem that no teacher is named for."""
         names = list(self.teachers)
-        which_B = [names.index(route_of(self.config, r.problem)) for r in rollouts.responses]
+        which_B = [names.index(route_of(self.config, r.problem, self.where)) for r in rollouts.responses]
         which_N = torch.tensor(which_B, device=keep_N.device)[rollouts.row_N]
         found = {
             name: teacher.score(rollouts, keep_N & (which_N == place), need, temperature)

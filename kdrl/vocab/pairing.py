@@ -12,18 +12,18 @@ from kdrl.objectives.terms import VocabTerm
 from kdrl.recipe import Recipe
 from kdrl.tasks import Problem
 from kdrl.teachers.base import Teacher
-from kdrl.teachers.checks import teacher_of
+from kdrl.teachers.checks import place_of, teacher_of, the_teacher
 from kdrl.vocab.align import HALF, align
 from kdrl.vocab.checks import in_chunks, reads_own
 from kdrl.vocab.teacher import VocabTeacher, Vocabularies
 
 
-def check_vocabularies(student: LoadedModel, teacher: LoadedModel) -> list[str]:
+def check_vocabularies(student: LoadedModel, teacher: LoadedModel, who: str = "the teacher") -> list[str]:
     """A note on how much the two vocabularies share; UserError when tokens of one are no fixed bytes."""
     both = Vocabularies(student, teacher)
     shared, small = both.shared_2K.shape[1], min(student.vocab_size, teacher.vocab_size)
     return [
-        f"the teacher reads its own tokens: {shared} of {student.vocab_size} student and {teacher.vocab_size} teacher "
+        f"{who} reads its own tokens: {shared} of {student.vocab_size} student and {teacher.vocab_size} teacher "
         f"tokens stand for the same text ({shared / small:.0%} of the smaller vocabulary)"
     ]
 
@@ -38,7 +38,8 @@ def checks_of(
     """The checks of student and teacher: `same` where they must have one tokenizer, else that they can be aligned."""
     if not reads_own(recipe, objective, name):
         return same
-    return {"vocabularies": partial(check_vocabularies, *models), "ranks": partial(warn_of_ranks, objective, name)}
+    vocabularies = partial(check_vocabularies, *models, the_teacher(place_of(name)))
+    return {"vocabularies": vocabularies, "ranks": partial(warn_of_ranks, objective, name)}
 
 
 def warn_of_ranks(objective: Objective, name: str) -> list[str]:
