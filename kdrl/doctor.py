@@ -26,8 +26,8 @@ from kdrl.recipe import Recipe, load_recipe
 from kdrl.tasks import Problem, ResponseInfo
 from kdrl.tasks.base import take
 from kdrl.tasks.config import ExtractConfig
-from kdrl.teachers import TeacherConfig
-from kdrl.teachers.served_checks import AGREES
+from kdrl.teachers.cache_rehearsal import Rehearsal
+from kdrl.teachers.served_parity import AGREES
 
 Verdict = Literal["ok", "note", "wrong"]
 
@@ -119,7 +119,7 @@ def examine(
     doctor.observe("memory", lambda: _memory(doctor, resolved))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         try:
-            builder = Builder(_smaller(resolved, effort), Path(folder), stack, doctor.observe)
+            builder = Builder(_smaller(resolved, effort), Path(folder), stack, doctor.observe, Rehearsal)
         except UserError as error:
             doctor.find("loading", "wrong", str(error))
             return doctor.findings
@@ -156,20 +156,7 @@ def _smaller(recipe: Recipe, effort: Effort) -> Recipe:
     change: dict[str, Any] = {"prompts": min(effort.prompts, recipe.rollout.prompts), "dynamic_sampling": 0}
     if recipe.source.kind == "student":
         change["group"] = min(effort.group, recipe.rollout.group)
-    update: dict[str, Any] = {"rollout": recipe.rollout.model_copy(update=change)}
-    if recipe.teacher is not None:
-        update["teacher"] = unwritten(recipe.teacher)
-    update["teachers"] = {
-        name: unwritten(section) if isinstance(section, TeacherConfig) else section
-        for name, section in recipe.teachers.items()
-    }
-    return recipe.model_copy(update=update)
-
-
-def unwritten(section: TeacherConfig) -> TeacherConfig:
-    """The teacher without the cache that it would write to, so that nothing is left behind."""
-    writes = section.cache is not None and section.cache.write
-    return section.model_copy(update={"cache": None}) if writes else section
+    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=change)})
 
 
 def _memory(doctor: Doctor, recipe: Recipe) -> list[str]:
@@ -191,7 +178,9 @@ def _static(doctor: Doctor, builder: Builder, effort: Effort) -> None:
     for name, loaded in builder.models.items():
         _rendered(doctor, name, student, loaded, problems[0])
     temperature = recipe.rollout.temperature
-    warm = f"{temperature:g}: samples, policy and teacher are all taken at it"
+    cold = any(f.what.startswith("served temperature") and f.verdict == "wrong" for f in doctor.findings)
+    warm = "samples and policy are taken at it, a served teacher is not" if cold else "samples, policy and teacher are"
+    warm = f"{temperature:g}: {warm}" + ("" if cold else " all taken at it")
     doctor.find("temperature", "ok" if temperature == 1.0 else "note", warm)
     _verifier(doctor, builder, problems)
 

@@ -80,6 +80,15 @@ class ServedTeacher:
         most = max(self.k, min(k, self.gives.topk))
         return ServedTeacher(self.client, self.name, self.vocab_size, most, self.context)
 
+    def at(self, client: Client) -> ServedTeacher:
+        """The same teacher at the one replica that a client speaks with, read as far as that one reads."""
+        return ServedTeacher(client, self.name, self.vocab_size, self.k, client.replicas[0].context)
+
+    @property
+    def where(self) -> str:
+        """Its addresses, for a sentence."""
+        return ", ".join(self.config.urls)
+
     def score(self, rollouts: Rollouts, keep_N: Tensor, need: Need, temperature: float) -> Evidence:
         """Log-probs of the kept tokens, and with need `few` the `k` likeliest of each; other responses are not sent."""
         k = min(self.k, self.vocab_size) if need == "few" else 0

@@ -1,51 +1,33 @@
-"""What is checked of a served teacher before the first step: who answers, tokenizer, limits, temperature, parity."""
+"""What is checked of a served teacher before the first step: who answers, tokenizer, limits, temperature, parity.
+
+Each replica that answers is checked alone, and one that comes later before it is used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdrl.available import available_bytes
-from kdrl.batch import Response, Rollouts
-from kdrl.engines.base import Engine
-from kdrl.errors import UserError
-from kdrl.models import LoadedModel, encode_prompt, load_model
+from kdrl.errors import RunError, UserError
+from kdrl.models import LoadedModel, encode_prompt
 from kdrl.models.loading import load_without_weights
 from kdrl.objectives.objective import Objective
 from kdrl.pairing import pairing_checks
-from kdrl.seeds import derive
-from kdrl.tasks import Problem
 from kdrl.teachers.client import Client
 from kdrl.teachers.config import TeacherConfig
-from kdrl.teachers.local import LocalTeacher
 from kdrl.teachers.served import Asked, ServedTeacher
 from kdrl.teachers.served_config import ServedConfig
-from kdrl.vocab.teacher import VocabTeacher, Vocabularies
+from kdrl.teachers.served_parity import Parity, Plan
 
 Check = Callable[[], list[str]]
+Look = Callable[[ServedTeacher], list[str]]
+"""A check of one replica: notes, or a UserError."""
 
 PIECE = 2048
 """Tokens that a server is asked to spell at once."""
-AGREES = "served against local"
-"""How the note of a parity check that found nothing amiss begins."""
-PARITY_TOKENS = 64
-PARITY_BUDGET = 4096
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will ask of a served teacher: problems to try it on, lengths, temperature, and who writes samples."""
-
-    problems: Sequence[Problem]
-    max_new_tokens: int
-    temperature: float
-    engine: Engine
-    seed: int
 
 
 def most_asked(objective: Objective) -> int:
@@ -61,7 +43,10 @@ def open_served(section: TeacherConfig, student: LoadedModel, k: int) -> ServedT
         return ServedTeacher(client, section.served.model, student.vocab_size)
     answers = client.ask_each("/v1/models")
     name = _served_name(section.served, {url: _names(answer) for url, answer in answers.items()})
-    return ServedTeacher(client, name, student.vocab_size, k, _context(answers, name))
+    for replica in client.replicas:
+        replica.context = _context(answers.get(replica.url), name)
+    lengths = [r.context for r in client.replicas if r.context is not None]
+    return ServedTeacher(client, name, student.vocab_size, k, min(lengths, default=None))
 
 
 def _served_name(config: ServedConfig, found: Mapping[str, list[str]]) -> str:
@@ -79,11 +64,10 @@ def _served_name(config: ServedConfig, found: Mapping[str, list[str]]) -> str:
     return name
 
 
-def _context(answers: Mapping[str, Any], name: str) -> int | None:
-    """Tokens that the shortest replica reads at most, where they say so."""
-    entries = [entry for answer in answers.values() for entry in answer["data"] if entry["id"] == name]
-    lengths = [n for entry in entries if isinstance(n := entry.get("max_model_len"), int)]
-    return min(lengths, default=None)
+def _context(answer: Any, name: str) -> int | None:
+    """Tokens that a replica reads at most, where it says so."""
+    entries = [entry for entry in (answer or {}).get("data", []) if entry["id"] == name]
+    return next((n for entry in entries if isinstance(n := entry.get("max_model_len"), int)), None)
 
 
 def _names(answer: Any) -> list[str]:
@@ -100,40 +84,96 @@ def served_checks(
 ) -> dict[str, Check]:
     """The checks by name, in order; each raises UserError or returns notes. A text-only API is not asked to score.
 
-    `own` is the teacher's tokenizer where it reads responses in its own tokens.
+    `own` is the teacher's tokenizer where it reads responses in its own tokens. The same looks are taken at a replica
+    that comes later.
     """
     checks: dict[str, Check] = {"server": partial(_check_replicas, teacher)}
     if teacher.config.text_only or not plan.problems:
         return checks
     reader = own or student
     prompts = [encode_prompt(reader, problem.prompt) for problem in plan.problems]
-    checks["served context"] = partial(_check_context, teacher, max(map(len, prompts)) + plan.max_new_tokens)
-    checks["served tokenizer"] = partial(_check_tokenizer, section, teacher, reader)
-    checks["served top-k"] = partial(check_top_k, teacher, prompts[0])
+    looks: dict[str, Look] = {
+        "served context": partial(_check_context, need=max(map(len, prompts)) + plan.max_new_tokens),
+        "served tokenizer": partial(_check_spelling, student=reader),
+        "served top-k": partial(_look_top_k, prompt=prompts[0]),
+    }
+    parity = Parity(section, teacher, student, plan, own)
     if plan.temperature != 1.0:
-        checks["served temperature"] = partial(_check_temperature, teacher, prompts[0], plan.temperature)
+        looks["served temperature"] = partial(_check_temperature, prompt=prompts[0], temperature=plan.temperature)
     if teacher.config.parity:
-        checks["parity"] = partial(_check_parity, section, teacher, student, plan, own)
+        looks["parity"] = parity.look
+    checks |= {name: partial(_each, teacher, look) for name, look in looks.items()}
+    checks["served tokenizer"] = partial(_check_tokenizer, section, teacher, reader)
+    if plan.temperature != 1.0:
+        checks["served temperature"] = partial(_warm, teacher, looks["served temperature"], parity)
+    if teacher.config.parity:
+        checks["parity"] = lambda: parity.begin() + ([] if parity.skipped else _each(teacher, parity.look))
+    teacher.client.examine = partial(_examine, teacher, looks)
     return checks
 
 
 def writing_checks(teacher: ServedTeacher, reader: LoadedModel) -> list[str]:
     """Notes on a teacher that is only to write; raises UserError where its token ids are not the reader's."""
-    return _check_replicas(teacher) + ([] if teacher.config.text_only else _check_spelling(teacher, reader))
+    if teacher.config.text_only:
+        return _check_replicas(teacher)
+    context = 0 if teacher.context is None else teacher.context - 1
+    looks: dict[str, Look] = {
+        "served context": partial(_check_context, need=context),
+        "served tokenizer": partial(_check_spelling, student=reader),
+    }
+    teacher.client.examine = partial(_examine, teacher, looks)
+    return _check_replicas(teacher) + _each(teacher, looks["served tokenizer"])
+
+
+def _each(teacher: ServedTeacher, look: Look) -> list[str]:
+    """A look at every replica that answers; raises UserError with what is wrong of each."""
+    notes: list[str] = []
+    wrong: list[str] = []
+    living = [r.url for r in teacher.client.replicas if r.known]
+    lost = 0
+    for url in living:
+        only = len(living) == 1
+        try:
+            notes += look(teacher.at(teacher.client.alone(url, teacher.config.wait_s if only else 0.0)))
+        except UserError as error:
+            wrong.append(str(error) if url in str(error) else f"{url}: {error}")
+        except RunError as error:
+            lost += 1
+            if lost == len(living):
+                raise
+            teacher.client.lost(url, str(error))
+            notes.append(f"the teacher server {url} answers no more; it is left out until it does, and then checked")
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return list(dict.fromkeys(notes))
+
+
+def _examine(teacher: ServedTeacher, looks: Mapping[str, Look], client: Client) -> None:
+    """All looks at a replica that was away; raises UserError when it will not do, RunError when it is gone again."""
+    answer = client.answers("/v1/models").get(client.replicas[0].url)
+    if answer is None:
+        raise RunError("it does not answer")
+    names = _names(answer)
+    if teacher.name not in names:
+        raise UserError(f"it serves {', '.join(map(repr, names)) or 'nothing'} and not {teacher.name!r}.")
+    client.replicas[0].context = _context(answer, teacher.name)
+    for look in looks.values():
+        look(teacher.at(client))
 
 
 def _check_replicas(teacher: ServedTeacher) -> list[str]:
-    silent = [r for r in teacher.client.replicas if r.why]
-    return [f"the teacher server {r.url} does not answer ({r.why}); it is left out until it does" for r in silent]
+    silent = [r for r in teacher.client.replicas if not r.known]
+    then = "until it does" if teacher.config.text_only else "until it does, and is checked then"
+    return [f"the teacher server {r.url} does not answer ({r.why}); it is left out {then}" for r in silent]
 
 
 def _check_context(teacher: ServedTeacher, need: int) -> list[str]:
     # One token more, because the server must write one.
     if teacher.context is not None and need + 1 > teacher.context:
         raise UserError(
-            f"the teacher server reads at most {teacher.context} tokens, its own one included, and the longest prompt "
-            f"with rollout.max_new_tokens makes {need + 1}; start it with a longer --max-model-len, lower "
-            "rollout.max_new_tokens or set task.max_prompt_tokens."
+            f"the teacher server {teacher.where} reads at most {teacher.context} tokens, its own one included, and the "
+            f"longest prompt with rollout.max_new_tokens makes {need + 1}; start it with a longer --max-model-len, "
+            "lower rollout.max_new_tokens or set task.max_prompt_tokens."
         )
     return []
 
@@ -144,10 +184,11 @@ def _check_tokenizer(section: TeacherConfig, teacher: ServedTeacher, student: Lo
     try:
         local = load_without_weights(section)
     except UserError as error:
-        return [f"the teacher's end tokens are not compared: {error}", *_check_spelling(teacher, student)]
+        spelt = _each(teacher, partial(_check_spelling, student=student))
+        return [f"the teacher's end tokens are not compared: {error}", *spelt]
     for name, check in pairing_checks(student, local).items():
         notes += check() if name != "vocabulary" else []
-    return notes + _check_spelling(teacher, student)
+    return notes + _each(teacher, partial(_check_spelling, student=student))
 
 
 def _check_spelling(teacher: ServedTeacher, student: LoadedModel) -> list[str]:
@@ -165,9 +206,9 @@ def _check_spelling(teacher: ServedTeacher, student: LoadedModel) -> list[str]:
                 "all together",
             )
             raise UserError(
-                f"the served teacher spells tokens {piece[0]} to {piece[-1]} otherwise than the student's tokenizer "
-                f"({odd}). A same-tokenizer loss would compare unrelated tokens; serve a teacher of "
-                "the student's family, or use its text: source teacher."
+                f"the served teacher {teacher.where} spells tokens {piece[0]} to {piece[-1]} otherwise than the "
+                f"student's tokenizer ({odd}). A same-tokenizer loss would compare unrelated tokens; serve a teacher "
+                "of the student's family, or use its text: source teacher."
             )
     return []
 
@@ -182,19 +223,32 @@ def _decoded(student: LoadedModel, ids: list[int]) -> str:
 
 
 def check_top_k(teacher: ServedTeacher, prompt: list[int]) -> list[str]:
-    """One request as the run will make them: prompt log-probs, and as many likeliest tokens as terms ask."""
+    """One request to each replica as the run will make them: prompt log-probs, as many likeliest tokens as asked."""
+    return _each(teacher, partial(_look_top_k, prompt=prompt))
+
+
+def _look_top_k(teacher: ServedTeacher, prompt: list[int]) -> list[str]:
     ids = [*prompt[:8], prompt[0]]
     try:
         teacher.ask([Asked(ids, [len(ids) - 1], [0])], min(teacher.k, teacher.vocab_size), 1.0)
     except UserError as error:
         if teacher.k and ("greater than max" in str(error) or "max_logprobs" in str(error)):
             raise UserError(
-                f"the teacher is asked for its {teacher.k} likeliest tokens, which the server does not give: {error} "
-                f"Start it with --max-logprobs {teacher.k} (`kdrl serve-teacher MODEL --top-k {teacher.k}`), or "
-                "lower K in support: {topk: K} and the k of a cache."
+                f"the teacher is asked for its {teacher.k} likeliest tokens, which the server does not give: "
+                f"{str(error).rstrip('.')}. Start it with --max-logprobs {teacher.k} (`kdrl serve-teacher MODEL "
+                f"--top-k {teacher.k}`), or lower K in support: {{topk: K}} and the k of a cache."
             ) from None
         raise
     return []
+
+
+def _warm(teacher: ServedTeacher, look: Look, parity: Parity) -> list[str]:
+    """The temperature; where it is wrong, log-probs could only differ from local ones."""
+    try:
+        return _each(teacher, look)
+    except UserError:
+        parity.skipped = "the temperatures differ"
+        raise
 
 
 def _check_temperature(teacher: ServedTeacher, prompt: list[int], temperature: float) -> list[str]:
@@ -209,67 +263,8 @@ def _check_temperature(teacher: ServedTeacher, prompt: list[int], temperature: f
     follows, ignores = (float((gaps[1] - want).abs().sum()) for want in (gaps[0] / temperature, gaps[0]))
     if follows > 0.1 * ignores:
         raise UserError(
-            f"rollout.temperature is {temperature:g}, and the teacher server gives log-probs at 1 whatever is asked, "
-            "as vLLM does for prompts; the two would be compared at different temperatures. Set rollout.temperature=1, "
-            "or load the teacher locally."
+            f"rollout.temperature is {temperature:g}, and the teacher server {teacher.where} gives log-probs at 1 "
+            "whatever is asked, as vLLM does for prompts; the two would be compared at different temperatures. Set "
+            "rollout.temperature=1, or load the teacher locally."
         )
     return []
-
-
-def _check_parity(
-    section: TeacherConfig, teacher: ServedTeacher, student: LoadedModel, plan: Plan, own: LoadedModel | None = None
-) -> list[str]:
-    """The server's log-probs of the student's own samples against a local forward pass."""
-    size, why = _weights(section)
-    if why is not None:
-        return [f"served and local log-probs are not compared: {why}"]
-    device = student.device
-    if 2 * size > available_bytes(device):
-        return [f"served and local log-probs are not compared: weights of {size >> 20:,} MiB are large for {device}"]
-    rollouts = _written(student, plan, teacher.config.parity)
-    if own is not None:
-        rollouts = VocabTeacher(teacher, Vocabularies(student, own)).aligned(rollouts).read
-    if not rollouts.rows:
-        return ["served and local log-probs are not compared: the teacher can write none of the student's samples"]
-    keep_N = rollouts.trained_N
-    served = teacher.score(rollouts, keep_N, "token", plan.temperature).logp_N
-    local = LocalTeacher(load_model(section, device, trainable=False, seed=plan.seed), PARITY_BUDGET)
-    difference = (local.score(rollouts, keep_N, "token", plan.temperature).logp_N - served).abs()
-    mean, largest = float(difference.mean()), float(difference.max())
-    told = f"log-probs of {rollouts.tokens} tokens differ by {mean:.2g} nats on average, {largest:.2g} at most"
-    if not mean <= teacher.config.tolerance:
-        raise UserError(
-            f"the served teacher is not the model {section.model!r}: {told}, and teacher.served.tolerance is "
-            f"{teacher.config.tolerance:g}. Serve that checkpoint, in a number format as exact as teacher.dtype, or "
-            "name the one that is served."
-        )
-    return [f"{AGREES}: {told}"]
-
-
-def _weights(section: TeacherConfig) -> tuple[int, str | None]:
-    """Bytes of a local checkpoint's weights, or why there is none."""
-    if not isinstance(section.model, str):
-        return 0, "a new model has no stored weights"
-    path = Path(section.model).expanduser()
-    if path.is_file():
-        return path.stat().st_size, None
-    if not path.is_dir():
-        return 0, f"{section.model!r} is no local folder"
-    patterns = [section.gguf_file] if section.gguf_file else ["*.safetensors", "*.bin"]
-    size = sum(file.stat().st_size for pattern in patterns for file in path.glob(pattern))
-    return size, None if size else f"{section.model!r} holds no weights"
-
-
-def _written(student: LoadedModel, plan: Plan, count: int) -> Rollouts:
-    """The student's own responses to a few problems."""
-    problems = plan.problems[:count]
-    prompts = [encode_prompt(student, problem.prompt) for problem in problems]
-    length = min(plan.max_new_tokens, PARITY_TOKENS)
-    samples = plan.engine.generate(prompts, samples=1, max_new_tokens=length, seed=derive(plan.seed, "parity"))
-    return Rollouts.of(
-        [
-            Response(problem, i, prompt, each[0].token_ids, "student", each[0].ended, "")
-            for i, (problem, prompt, each) in enumerate(zip(problems, prompts, samples, strict=True))
-        ],
-        student.device,
-    )
