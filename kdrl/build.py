@@ -247,7 +247,8 @@ class Builder:
             found["self"] = self.limits.tokens.follow(SelfTeacher(self.student, budget, recipe.self_teacher))
         found = {name: self.read_by(name, each) for name, each in found.items()}
         for name, each in found.items():
-            self._observe(f"what {name} gives", partial(check_gives, name, each.gives, self.objective))
+            check = partial(check_gives, name, each.gives, self.objective, stored=name in self.cached)
+            self._observe(f"what {name} gives", check)
         leashed = any(t.needs.reference for t in self.objective.terms)
         return found, self.limits.tokens.follow(ReferenceTeacher(self.student, budget)) if leashed else None
 

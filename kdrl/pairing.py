@@ -70,24 +70,29 @@ def _cut(student: LoadedModel, teacher: LoadedModel, where: str) -> list[str]:
     return []
 
 
-def check_gives(who: str, gives: Gives, objective: Objective) -> None:
-    """Raise UserError when a term asks more of the teacher `who` than it can give, with what would fit."""
+def check_gives(who: str, gives: Gives, objective: Objective, *, stored: bool = False) -> None:
+    """Raise UserError when a term asks more of the teacher `who` than it can give, with what would fit.
+
+    Where its scores are `stored` beforehand it knows nothing of what the student writes.
+    """
     for name, active in zip(objective.names, objective.terms, strict=True):
         needs = active.needs
         if teacher_of(active) not in (None, who) or needs.teacher is None or gives.serves(needs):
             continue
         if needs.vocabulary:
+            sampled = "" if stored else "chunk_kl on the student's own responses; "
             raise UserError(
                 f"objective.{name} reads more of the teacher than {who} gives, which is {gives}. What fits of terms on "
-                "the teacher's own tokens: chunk_kl on the student's own responses; chunk_distill without debias and "
-                "threshold; or a local teacher, or a cache of its hidden states (kind hidden)."
+                f"the teacher's own tokens: {sampled}chunk_distill without debias and threshold; or a local teacher, "
+                "or a cache of its hidden states (kind hidden)."
             )
-        fits = ["support: {token: k2} (reverse_kl) on the student's own responses"]
+        fits = [] if stored else ["support: {token: k2} (reverse_kl) on the student's own responses"]
         fits += [f"support: {{topk: K}} with K up to {gives.topk}"] if gives.topk else []
         fits += [f"divergence: forward_kl with support: {{draws: {gives.draws}}}"] if gives.draws else []
+        other = "a cache of its hidden states (kind hidden), or the teacher itself" if stored else "a local teacher"
         raise UserError(
             f"objective.{name} reads more of the teacher than {who} gives, which is {gives}. What fits: "
-            f"{'; '.join(fits)} (without target transforms and scores of whole distributions); or a local teacher."
+            f"{'; '.join(fits)} (without target transforms and scores of whole distributions); or {other}."
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, field_validator, model_validator
 
 from kdrl.checkpoint import CheckpointConfig
 from kdrl.config import Config
@@ -186,6 +186,16 @@ class Recipe(Config):
     deviations: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Per method, dotted keys that this recipe sets otherwise than the method does, such as
     {kdrl: {objective.distill.weight: 0.5}}; printed as deviations at the start."""
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _terms_are_a_list(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping):
+            shown = ", ".join(f"{{{name}: {{...}}}}" for name in raw) or "{distill: {...}}"
+            raise ValueError(f"the terms are a list with one entry each, as [{shown}], not a mapping")
+        if isinstance(raw, str):
+            raise ValueError(f"the terms are a list, as [{raw}] or [{{{raw}: {{...}}}}], not the name of one alone")
+        return raw
 
     @model_validator(mode="before")
     @classmethod

@@ -53,7 +53,11 @@ BASE: dict[str, Any] = {"method": "kdrl", "student": {"model": "s"}, "teacher": 
         ({"objective": [{"distill": {"weight": {"liner": {}}}}]}, "did you mean 'linear'?"),
         ({"objective": [{"distill": {}, "entropy": {}}]}, "an objective entry is one term with its settings"),
         ({"objective": [{"distill": "full"}]}, "distill: Input should be a valid dictionary"),
-        ({"objective": {"distill": {}}}, "objective: Input should be a valid tuple"),
+        (
+            {"objective": {"distill": {"weight": 2}, "entropy": {}}},
+            "objective: the terms are a list with one entry each, as [{distill: {...}}, {entropy: {...}}], not",
+        ),
+        ({"objective": "distill"}, "objective: the terms are a list, as [distill] or [{distill: {...}}]"),
         (
             {"objective": [{"distill": {"support": {"token": {"estimator": "k3", "as": "loss"}}}}]},
             "k3 differentiated as a loss descends the forward KL",

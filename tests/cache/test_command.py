@@ -167,7 +167,10 @@ def test_a_run_that_meets_other_responses_says_how_to_add_them(world: Path, tmp_
     ("change", "says"),
     [
         ({"rollout": {"prompts": 4, "temperature": 0.7}}, "at temperature 1, and the policy has 0.7"),
-        ({"objective": [{"distill": {"support": "full", "on": ["gold"]}}]}, "its 8 likeliest tokens"),
+        (
+            {"objective": [{"distill": {"support": "full", "on": ["gold"]}}]},
+            "its 8 likeliest tokens. What fits: support: .topk",
+        ),
         ({"objective": [{"distill": {"support": {"topk": 9}, "on": ["gold"]}}]}, "K up to 8"),
         ({"source": "student", "objective": [{"distill": {"support": {"topk": 8}}}]}, "choose source gold or traces"),
         ({"source": {"mixture": 0.5}, "objective": [{"distill": {"support": {"topk": 8}}}]}, r"set on: \[gold\]"),
@@ -178,8 +181,9 @@ def test_runs_that_a_cache_cannot_serve_are_refused(change: dict[str, Any], says
     fill(gold(world), tmp_path / "cache")
     raw = gold(world, **change)
     raw["teacher"]["cache"] = str(tmp_path / "cache")
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=says) as refused:
         run(raw, tmp_path / "run")
+    assert "the student's own responses" not in str(refused.value), "a cache that is read holds none of them"
 
 
 def test_draws_of_another_power_are_refused(world: Path, tmp_path: Path):
