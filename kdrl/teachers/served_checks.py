@@ -42,7 +42,7 @@ def open_served(section: TeacherConfig, student: LoadedModel, k: int) -> ServedT
     if section.served.text_only and section.served.model is not None:
         return ServedTeacher(client, section.served.model, student.vocab_size)
     answers = client.ask_each("/v1/models")
-    name = _served_name(section.served, {url: _names(answer) for url, answer in answers.items()})
+    name = _served_name(section.served, {url: _names(url, answer) for url, answer in answers.items()})
     for replica in client.replicas:
         replica.context = _context(answers.get(replica.url), name)
     lengths = [r.context for r in client.replicas if r.context is not None]
@@ -70,12 +70,12 @@ def _context(answer: Any, name: str) -> int | None:
     return next((n for entry in entries if isinstance(n := entry.get("max_model_len"), int)), None)
 
 
-def _names(answer: Any) -> list[str]:
+def _names(url: str, answer: Any) -> list[str]:
     try:
         return [str(entry["id"]) for entry in answer["data"]]
     except (KeyError, TypeError):
         raise UserError(
-            "the teacher server's /v1/models is not OpenAI's; kdrl needs a server such as vLLM's."
+            f"/v1/models of the teacher server {url} is not OpenAI's; kdrl needs a server such as vLLM's."
         ) from None
 
 
@@ -150,10 +150,11 @@ def _each(teacher: ServedTeacher, look: Look) -> list[str]:
 
 def _examine(teacher: ServedTeacher, looks: Mapping[str, Look], client: Client) -> None:
     """All looks at a replica that was away; raises UserError when it will not do, RunError when it is gone again."""
-    answer = client.answers("/v1/models").get(client.replicas[0].url)
+    url = client.replicas[0].url
+    answer = client.answers("/v1/models").get(url)
     if answer is None:
         raise RunError("it does not answer")
-    names = _names(answer)
+    names = _names(url, answer)
     if teacher.name not in names:
         raise UserError(f"it serves {', '.join(map(repr, names)) or 'nothing'} and not {teacher.name!r}.")
     client.replicas[0].context = _context(answer, teacher.name)

@@ -17,7 +17,7 @@ from kdrl.teachers import LocalTeacher
 from kdrl.teachers.client import Client
 from kdrl.teachers.served import ServedTeacher
 from kdrl.teachers.served_config import ServedConfig
-from served.server import ToyServer, serving
+from served.server import RefusalError, ToyServer, serving
 
 QUICK = {"backoff_s": 0.01, "batch": 1, "concurrency": 3, "timeout_s": 10.0, "wait_s": 5.0}
 
@@ -135,6 +135,35 @@ def test_no_thread_goes_on_after_an_error(model: Any, rollouts: Rollouts):
         with pytest.raises(RunError):
             logp(teacher_at(url, wait_s=0.02), rollouts)
     assert threading.active_count() <= before
+
+
+def test_an_examination_ends_with_the_step_that_asked_for_it(model: Any, rollouts: Rollouts):
+    begun, outcome = threading.Event(), []
+    with serving(model) as one, serving(model) as two:
+        teacher = teacher_at(one.url, two.url)
+        client = teacher.client
+        client.lost(two.url, "away")
+        client.replicas[1].not_before = 0.0
+
+        def refuse(path: str, body: dict[str, Any]) -> Any:
+            assert begun.wait(20.0)
+            raise RefusalError(400, "no")
+
+        def hang(path: str, body: dict[str, Any]) -> Any:
+            begun.set()
+            time.sleep(10.0)
+
+        def examine(alone: Client) -> None:
+            try:
+                alone.ask("/v1/completions", {"model": "toy"}, lambda answer: answer)
+            except RunError as error:
+                outcome.append(error)
+                raise
+
+        one.answer, two.answer, client.examine = refuse, hang, examine  # type: ignore[method-assign]
+        with pytest.raises(UserError, match=f"{one.url} refuses"):
+            logp(teacher, rollouts)
+    assert len(outcome) == 1, "else the thread waited for the answer"
 
 
 def test_a_key_comes_from_the_environment(server: ToyServer, monkeypatch: pytest.MonkeyPatch):
