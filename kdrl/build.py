@@ -311,6 +311,16 @@ class Builder:
         """Whether `who` (student or a teacher) is a model that can be evaluated: here, or on a server."""
         return who == "student" or who in self.models or who in self.served
 
+    def silent(self) -> str | None:
+        """Why `teacher` cannot be evaluated, where there is one that does not write."""
+        if self.writes("teacher"):
+            return None
+        if "teacher" in self.cached:
+            return f"the teacher's scores are read from {self.cached['teacher'].store.folder}, which writes no answers"
+        if isinstance(self.recipe.teachers.get("teacher"), CombinedConfig):
+            return "teacher is made of several, which cannot write at once"
+        return None if self.recipe.teacher is None else "the teacher is the student as it starts"
+
     def evaluate_model(self, who: str, config: EvaluateConfig) -> EvaluationResult:
         """Responses of the student or a teacher on a split's first problems, scored by the run's verifiers."""
         problems = pick_problems(self.task, config)

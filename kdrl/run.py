@@ -200,6 +200,8 @@ def _measure_baselines(builder: Builder, evaluations: _Evaluations, say: Say) ->
             result = builder.evaluate_model(who, config.final())
             evaluations.put(name, result)
             say(f"{name}: {_sentence(result)}")
+    if "teacher" not in evaluations.results and (missing := builder.silent()) is not None:
+        say(f"note: evaluate.baselines measures the student alone: {missing}")
 
 
 def _finish(builder: Builder, run_dir: Path, evaluations: _Evaluations, say: Say) -> None:

@@ -15,6 +15,7 @@ from kdrl.batch import Response
 from kdrl.build import Builder
 from kdrl.errors import UserError
 from kdrl.models import encode_prompt
+from kdrl.pairing import check_gives
 from kdrl.recipe import Recipe
 from kdrl.sources import kinds
 from kdrl.sources.base import Request, Source
@@ -23,7 +24,8 @@ from kdrl.sources.keep import Filtered
 from kdrl.sources.traces import Take, TraceSource
 from kdrl.tasks.base import ProblemStream
 from kdrl.tasks.streams import check_split
-from kdrl.teachers.cache_checks import WRITE_FIRST, fixed_text
+from kdrl.teachers.base import Teacher
+from kdrl.teachers.cache_checks import WRITE_FIRST, check_draws, fixed_text
 from kdrl.teachers.cache_config import Stored
 from kdrl.teachers.cache_store import key_of
 from kdrl.teachers.cached import WritingTeacher, open_writing
@@ -88,7 +90,7 @@ def cache_teacher(
         writer = open_cache(builder, teacher, output, stored)
         stack.enter_context(writer.store)
         reader = builder.read_by(teacher, writer)
-        for note in writer.store.notes:
+        for note in [*writer.store.notes, *_unread(builder, teacher, reader, stored)]:
             say(f"note: {note}")
         began, before, found = time.monotonic(), writer.store.tokens, 0
         batch: dict[bytes, Response] = {}
@@ -111,6 +113,16 @@ def cache_teacher(
         store = writer.store
         new = store.tokens - before
         return CacheSummary(scored, new, found, time.monotonic() - began, store.tokens, store.bytes)
+
+
+def _unread(builder: Builder, name: str, reader: Teacher, stored: Stored) -> list[str]:
+    """A note where the recipe's own terms could not be trained from what is stored."""
+    try:
+        check_gives(name, reader.gives, builder.objective, stored=True)
+        check_draws(stored.settings().get("tau"), name, builder.objective)
+    except UserError as error:
+        return [f"this recipe could not be trained from the cache: {error}"]
+    return []
 
 
 def _flush(writer: WritingTeacher, batch: dict[bytes, Response], builder: Builder) -> int:

@@ -22,6 +22,7 @@ from cache.making import work
 from kdrl.cli import app
 from kdrl.errors import UserError
 from kdrl.recipe import load_recipe
+from kdrl.run import train
 from kdrl.teachers.cache_command import CacheSummary, cache_teacher
 from kdrl.teachers.cache_config import Stored
 from kdrl.teachers.cache_store import CacheStore
@@ -184,6 +185,41 @@ def test_runs_that_a_cache_cannot_serve_are_refused(change: dict[str, Any], says
     with pytest.raises(UserError, match=says) as refused:
         run(raw, tmp_path / "run")
     assert "the student's own responses" not in str(refused.value), "a cache that is read holds none of them"
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective", "says"),
+    [
+        ("topk", None, None),
+        ("hidden", None, None),
+        ("topk", {"support": "full", "on": ["gold"]}, "its 8 likeliest tokens"),
+        ("draws", {"divergence": "forward_kl", "support": {"draws": {"n": 12, "tau": 0.8}}, "on": ["gold"]}, "p^0.8"),
+    ],
+)
+def test_a_cache_that_its_recipe_could_not_read_is_noted_before_it_is_scored(
+    kind: str, objective: dict[str, Any] | None, says: str | None, world: Path, tmp_path: Path
+):
+    told: list[str] = []
+    raw = gold(world) if objective is None else gold(world, objective=[{"distill": objective}])
+    cache_teacher(load_recipe(raw), tmp_path / "cache", Stored(**KINDS[kind]), say=told.append, problems=2)
+    notes = [text for text in told if "could not be trained from the cache" in text]
+    assert len(notes) == (says is not None)
+    assert says is None or says in notes[0]
+
+
+def test_a_cached_teachers_missing_baseline_is_noted(world: Path, tmp_path: Path):
+    raw = gold(world, evaluate={"final_problems": 2, "baselines": True}, steps=1)
+    fill(raw, tmp_path / "cache")
+    told: list[str] = []
+    train(raw, output=tmp_path / "local", say=lambda text: told.append(str(text)))
+    assert any(text.startswith("teacher: accuracy") for text in told)
+    assert not any("evaluate.baselines" in text for text in told)
+    raw["teacher"]["cache"] = str(tmp_path / "cache")
+    told.clear()
+    train(raw, output=tmp_path / "cached", say=lambda text: told.append(str(text)))
+    assert not any(text.startswith("teacher: accuracy") for text in told)
+    (note,) = [text for text in told if "evaluate.baselines" in text]
+    assert f"read from {tmp_path / 'cache'}, which writes no answers" in note
 
 
 def test_draws_of_another_power_are_refused(world: Path, tmp_path: Path):
