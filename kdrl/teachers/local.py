@@ -1,7 +1,4 @@
-"""A teacher in the same process: another model, or the student at the start.
-
-Left out: served and cached teachers, several at once, another tokenizer, offload between phases.
-"""
+"""A teacher in the same process: another model, or the student at the start."""
 
 from __future__ import annotations
 
