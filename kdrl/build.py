@@ -32,6 +32,7 @@ from kdrl.sources.served import ServedEngine, reader_of
 from kdrl.tasks import Problem, Task, VerifierPool, build_task
 from kdrl.tasks.base import take
 from kdrl.teachers import LocalTeacher, PreparedTeacher, ReferenceTeacher, SelfTeacher, Teacher
+from kdrl.teachers.cache_ahead import check_ahead, lookups
 from kdrl.teachers.cache_checks import check_draws
 from kdrl.teachers.cache_store import CacheStore
 from kdrl.teachers.cached import CachedTeacher, open_cached, open_writing
@@ -353,6 +354,9 @@ class Builder:
         features = make_features(self.objective, self.student, self.teacher, budget, recipe.seed)
         updater = SparingUpdater(self.student, self.limits.tokens, features)
         teachers, reference = self.teachers()
+        for teacher in lookups(recipe, self.objective, teachers):
+            source, problem = self.writers.source(recipe.source), self.stream.__getitem__
+            self._observe("stored responses", partial(check_ahead, recipe, source, problem, teacher))
         collector = Collector(
             self.writers.source(recipe.source),
             self.stream.__getitem__,

@@ -38,6 +38,7 @@ _FINE = {
     "chat template": "student and teacher have the same one",
     "vocabulary": "student and teacher have equally many rows",
     "context length": "the longest prompt and rollout.max_new_tokens fit every model",
+    "stored responses": "those of the first steps are in the cache",
     "held-out problems": "the splits that are evaluated are there",
 }
 # Checks of what most recipes do not have.

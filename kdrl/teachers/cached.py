@@ -51,8 +51,8 @@ class CachedTeacher:
         """The stored scores of the kept tokens; raises UserError for a response that is not there."""
         check_temperature(self.store, temperature)
         keys = keys_of(rollouts, keep_N)
-        if missing := [row for row, key in keys.items() if key not in self.store.places]:
-            raise UserError(_missing(self.store, rollouts.responses, missing, len(keys)))
+        if not all(key in self.store.places for key in keys.values()):
+            check_there(self.store, [rollouts.responses[row] for row in keys], "this step")
         return self._read(rollouts, keep_N, need, keys)
 
     def _read(self, rollouts: Rollouts, keep_N: Tensor, need: Need, keys: Mapping[int, bytes]) -> Evidence:
@@ -247,12 +247,16 @@ def check_inner(gives: Gives, chosen: Mapping[str, Any]) -> None:
         )
 
 
-def _missing(store: CacheStore, responses: Sequence[Response], rows: Sequence[int], asked: int) -> str:
-    first = responses[rows[0]]
+def check_there(store: CacheStore, responses: Sequence[Response], when: str) -> None:
+    """Raise UserError for responses of `when` that a cache does not hold, with how to add them."""
+    missing = [r for r in responses if key_of(r.prompt_ids, r.token_ids) not in store.places]
+    if not missing:
+        return
+    first = missing[0]
     kind = {name: store.manifest[name] for name in ("kind", "k", "draws", "tau") if name in store.manifest}
-    return (
-        f"{store.folder} does not hold {len(rows)} of {asked} responses of this step, such as {first.text[:40]!r} of "
-        f"problem {first.problem.id}. Add them: kdrl cache-teacher RECIPE --output {store.folder} "
-        f"{Stored(**kind).options()}, with the recipe of this run and --problems as many as it meets (a response has "
-        "another key when its prompt, template or rollout.max_new_tokens changed)."
+    raise UserError(
+        f"{store.folder} does not hold {len(missing)} of {len(responses)} responses of {when}, such as "
+        f"{first.text[:40]!r} of problem {first.problem.id}. Add them: kdrl cache-teacher RECIPE --output "
+        f"{store.folder} {Stored(**kind).options()}, with the recipe of this run and --problems as many as it meets "
+        "(a response has another key when its prompt, template or rollout.max_new_tokens changed)."
     )

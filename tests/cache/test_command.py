@@ -23,6 +23,7 @@ from kdrl.cli import app
 from kdrl.errors import UserError
 from kdrl.recipe import load_recipe
 from kdrl.run import train
+from kdrl.teachers import cache_ahead
 from kdrl.teachers.cache_command import CacheSummary, cache_teacher
 from kdrl.teachers.cache_config import Stored
 from kdrl.teachers.cache_store import CacheStore
@@ -156,12 +157,22 @@ def test_traces_are_cached_and_read(world: Path, tmp_path: Path):
         fill(raw, tmp_path / "other", split="test")
 
 
-def test_a_run_that_meets_other_responses_says_how_to_add_them(world: Path, tmp_path: Path):
+def test_a_run_that_meets_other_responses_says_how_to_add_them(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     raw = gold(world)
     fill(raw, tmp_path / "cache", problems=2)
     raw["teacher"]["cache"] = str(tmp_path / "cache")
-    with pytest.raises(UserError, match=r"does not hold \d of 4 responses.*kdrl cache-teacher RECIPE --output .*--k 8"):
+    says = "does not hold {} responses of {}.*kdrl cache-teacher RECIPE --output .*--k 8"
+    with pytest.raises(UserError, match=says.format("10 of 12", "the first 3 steps")):
         run(raw, tmp_path / "run")
+    assert not any((tmp_path / "run").iterdir()), "found before the first step"
+    # Later ones than are looked up are found when they come.
+    fill(raw, tmp_path / "cache", problems=4)
+    monkeypatch.setattr(cache_ahead, "AHEAD", 4)
+    with pytest.raises(UserError, match=says.format("4 of 4", "this step")):
+        run(raw, tmp_path / "later")
+    assert len(rows_of(tmp_path / "later")) == 1
 
 
 @pytest.mark.parametrize(
