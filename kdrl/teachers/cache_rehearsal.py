@@ -1,6 +1,6 @@
 """A cache that is opened as a run would open it, and keeps in memory what the run would store.
 
-Left out: whether another process is writing the folder at this moment.
+Left out: whether another process, or another teacher of the same run, is writing the folder.
 """
 
 from __future__ import annotations
