@@ -145,9 +145,13 @@ def _right_plan(loaded: LoadedModel) -> Plan:
     best = Plan.fastest(loaded)
     plain = replace(best, fused=False, static=False)
     for plan in dict.fromkeys((best, replace(best, static=False), plain, Plan(roomy_cache=True), Plan())):
-        with contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
+        try:
             if _reproduces(loaded, plan):
                 return plan
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
+            continue
     raise UserError(
         f"{type(causal_lm(loaded.model)).__name__}: decoding with its key-value cache does not reproduce its full "
         "forward pass, so samples would not come from the policy; this architecture cannot write here."

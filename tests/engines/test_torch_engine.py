@@ -284,3 +284,12 @@ def test_autocast_casts_each_weight_once_a_call_however_many_tokens(trainable):
             engine.generate(encoded(loaded), samples=3, max_new_tokens=tokens, seed=0)
         assert casts.count == 2 * len(linear)  # for the prompts, and for the steps
     assert all(p.requires_grad == trainable for p in loaded.model.parameters())
+
+
+def test_a_device_that_is_full_is_no_architecture_that_decodes_wrongly(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("kdrl.engines.torch_engine._reproduces", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        TorchEngine(toy("qwen3"), 4)
