@@ -8,6 +8,7 @@ from functools import partial
 from kdrl.errors import UserError
 from kdrl.models import LoadedModel, encode_prompt
 from kdrl.objectives.objective import Objective
+from kdrl.objectives.terms import Distill
 from kdrl.recipe import Recipe
 from kdrl.sources.student import privileged_prompt
 from kdrl.tasks import Problem
@@ -90,8 +91,10 @@ def check_gives(who: str, gives: Gives, objective: Objective, *, stored: bool = 
         fits += [f"support: {{topk: K}} with K up to {gives.topk}"] if gives.topk else []
         fits += [f"divergence: forward_kl with support: {{draws: {gives.draws}}}"] if gives.draws else []
         other = "a cache of its hidden states (kind hidden), or the teacher itself" if stored else "a local teacher"
+        changes = sorted(active.config.target.changes) if isinstance(active, Distill) else []
+        cleared = f"with objective.{name}.target={{}} (it sets {', '.join(changes)}), " if changes else ""
         raise UserError(
-            f"objective.{name} reads more of the teacher than {who} gives, which is {gives}. What fits: "
+            f"objective.{name} reads more of the teacher than {who} gives, which is {gives}. What fits: {cleared}"
             f"{'; '.join(fits)} (without target transforms and scores of whole distributions); or {other}."
         )
 
