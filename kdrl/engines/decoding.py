@@ -23,7 +23,7 @@ class Plan:
     """Which shortcuts a model's decode steps take; all off is the plain way that every architecture knows.
 
     `static` needs `fused` and `roomy_cache`, and replays CUDA graphs.
-    `compact` drops finished rows and `refill` gives their places to waiting prompts; both are off only to be measured.
+    `compact` drops finished rows and `refill` gives their places to waiting prompts.
     """
 
     roomy_cache: bool = False
@@ -44,7 +44,10 @@ class Plan:
         exact = causal_lm(loaded.model).dtype == torch.float32 and loaded.config.autocast is None
         single = sdpa and exact and loaded.device.type == "cpu"
         fused = plain and sdpa and fusable(loaded)
-        return Plan(True, plain and sdpa, single, fused, static=fused and loaded.device.type == "cuda", refill=plain)
+        gpu = loaded.device.type != "cpu"
+        # Rows that began at different times share the columns of the oldest, and a CPU's step costs what its rows and
+        # columns do: there finished rows are only dropped (refilling took up to 1.7 times as long).
+        return Plan(True, plain and sdpa, single, fused, static=fused and gpu, refill=plain and gpu)
 
 
 def text_config(loaded: LoadedModel) -> Any:

@@ -8,12 +8,21 @@ import torch
 
 from kdrl.engines import TorchEngine, writing
 from kdrl.engines.decoding import Plan
-from kdrl.models import encode_prompt
+from kdrl.models import LoadedModel, encode_prompt
 from kdrl.models.heads import decoder_of
 
 from .toys import full_logp, toy
 
 LONG = ["1+2=", "34-5+6=", "7=", "12+34+56+78-9=", "0-0=", "5+5+5+5="]
+
+
+def refilling(loaded: LoadedModel, rows: int) -> TorchEngine:
+    """An engine that refills, which it does by itself on a GPU alone."""
+    engine = TorchEngine(loaded, rows)
+    assert not engine.plan.refill
+    assert Plan.fastest(loaded).roomy_cache
+    engine.plan = replace(engine.plan, refill=True)
+    return engine
 
 
 def fused(plan: Plan) -> Plan:
@@ -38,8 +47,7 @@ def test_refilled_rows_write_what_fresh_rows_write(architecture, change, monkeyp
     alone = TorchEngine(loaded, 64)
     alone.plan = replace(alone.plan, refill=False, compact=False, fused=False)
     want = alone.generate(prompts, **ask)
-    few = TorchEngine(loaded, 4)
-    assert few.plan.refill
+    few = refilling(loaded, 4)
     few.plan = few.plan if architecture == "gpt2" else change(few.plan)
     for cost in (0.0, 1.0, 3.0):
         monkeypatch.setattr(writing, "_REFILL_STEPS", cost)
@@ -55,7 +63,7 @@ def test_refilled_rows_write_what_fresh_rows_write(architecture, change, monkeyp
 def test_logp_of_refilled_rows_is_that_of_a_fresh_forward():
     loaded = toy("qwen3")
     prompts = [encode_prompt(loaded, text) for text in LONG]
-    out = TorchEngine(loaded, 3).generate(prompts, samples=4, max_new_tokens=40, temperature=0.8, seed=5)
+    out = refilling(loaded, 3).generate(prompts, samples=4, max_new_tokens=40, temperature=0.8, seed=5)
     for prompt, samples in zip(prompts, out, strict=True):
         for sample in samples:
             want = full_logp(loaded, prompt, sample.token_ids, 0.8)
@@ -66,7 +74,7 @@ def test_refilled_rows_follow_the_exact_distribution():
     loaded = toy("qwen3", characters="01=", sharp=6.0)
     prompt = encode_prompt(loaded, "0=")
     count, steps = 6000, 3
-    out = TorchEngine(loaded, 97).generate([prompt], samples=count, max_new_tokens=steps, seed=2)[0]
+    out = refilling(loaded, 97).generate([prompt], samples=count, max_new_tokens=steps, seed=2)[0]
     seen: dict[tuple[int, ...], int] = {}
     for sample in out:
         key = tuple(sample.token_ids)
@@ -95,7 +103,7 @@ def test_each_prompt_is_run_once_however_many_rows_it_waits_for():
         if ids.shape[1] > 1:
             read.append(int(ids.shape[0]))
 
-    engine = TorchEngine(loaded, 5)
+    engine = refilling(loaded, 5)
     handle = decoder_of(loaded.model).register_forward_pre_hook(count, with_kwargs=True)
     engine.generate(prompts, samples=12, max_new_tokens=12, seed=0)
     handle.remove()
@@ -109,7 +117,7 @@ def test_a_row_is_not_held_by_a_long_one():
     ask = {"samples": 20, "max_new_tokens": 100, "seed": 1}
     steps = {}
     for name, change in {"refill": {}, "waves": {"refill": False, "compact": False}}.items():
-        engine = TorchEngine(loaded, 8)
+        engine = refilling(loaded, 8)
         engine.plan = replace(engine.plan, fused=False, **change)
         taken = []
         handle = decoder_of(loaded.model).register_forward_pre_hook(
