@@ -13,7 +13,7 @@ from tiny import assert_near, flat, gradient, objective_of, toy
 from torch import Tensor
 
 from kdrl.batch import Response
-from kdrl.models import LoadedModel, encode_prompt, head_of, hidden_states
+from kdrl.models import LoadedModel, head_of, hidden_states
 from kdrl.objectives import head
 from kdrl.objectives.base import TERMS
 from kdrl.teachers import LocalTeacher
@@ -21,7 +21,7 @@ from kdrl.update import Scored, Tally, Updater
 from kdrl.vocab.spaces import Spaces, make_spaces
 
 from .pairs import model_of, scored, teacher_of, written
-from .test_terms import cut_by_hand, same_responses
+from .test_terms import reading, same_responses
 
 T = 1.7
 
@@ -88,18 +88,6 @@ def states(loaded: LoadedModel, prompt: list[int], ids: list[int]) -> Tensor:
     """Hidden states `[T, D]` that predict a response's tokens."""
     batch = torch.tensor([prompt + ids])
     return hidden_states(loaded, batch, torch.ones_like(batch))[0, len(prompt) - 1 : -1]
-
-
-def reading(student: LoadedModel, teacher: LoadedModel, r: Response) -> tuple[list[int], list[int], list[Any]]:
-    """The teacher's prompt and tokens of a response, and its chunks."""
-    pair = teacher_of(student, teacher).vocabularies
-    ids, pieces = pair.theirs.encode(r.text.encode())
-    bare = r.token_ids[:-1] if r.ended else r.token_ids
-    groups = cut_by_hand([p or b"" for p in pair.mine.of(bare)], pieces)
-    if r.ended:
-        groups.append(([len(bare)], [len(ids)]))
-        ids = [*ids, teacher.eos_ids[0]]
-    return encode_prompt(teacher, r.problem.prompt), ids, groups
 
 
 def weights_of(loaded: LoadedModel) -> Tensor:

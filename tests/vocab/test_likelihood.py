@@ -13,13 +13,13 @@ from torch import Tensor
 
 from kdrl.batch import Response
 from kdrl.errors import UserError
-from kdrl.models import LoadedModel, encode_prompt
+from kdrl.models import LoadedModel
 from kdrl.objectives import head
 from kdrl.objectives.base import TERMS
 from kdrl.vocab.likelihood import ChunkDistill, ChunkDistillConfig
 
 from .pairs import logits_of, model_of, scored, teacher_of, written
-from .test_terms import cut_by_hand, loss_of
+from .test_terms import loss_of, reading
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,9 @@ def outcomes(
 ) -> list[tuple[Tensor, Tensor]]:
     """Log-probs of each outcome of one response under teacher and student."""
     pair = teacher_of(student, teacher).vocabularies
-    ids, pieces = pair.theirs.encode(r.text.encode())
-    bare = r.token_ids[:-1] if r.ended else r.token_ids
-    groups = cut_by_hand([p or b"" for p in pair.mine.of(bare)], pieces)
-    if r.ended:
-        groups.append(([len(bare)], [len(ids)]))
-        ids = [*ids, teacher.eos_ids[0]]
+    prompt, ids, groups = reading(student, teacher, r)
     q = logits_of(student, r.prompt_ids, r.token_ids)
-    p = logits_of(teacher, encode_prompt(teacher, r.problem.prompt), ids).detach()
+    p = logits_of(teacher, prompt, ids).detach()
     out, now = [], [q.new_zeros(()), q.new_zeros(())]
     for i, (a, b) in enumerate(groups):
         now = [now[0] + p[b, [ids[j] for j in b]].sum(), now[1] + q[a, [r.token_ids[j] for j in a]].sum()]

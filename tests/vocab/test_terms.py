@@ -137,19 +137,25 @@ def cut_by_hand(mine: list[bytes], theirs: list[bytes]) -> list[tuple[list[int],
     return out
 
 
-def chunks_of(student: LoadedModel, teacher: LoadedModel, responses: list[Response]) -> list[Chunk]:
+def reading(student: LoadedModel, teacher: LoadedModel, r: Response) -> tuple[list[int], list[int], list[Any]]:
+    """The teacher's prompt and tokens of a response, and its chunks."""
     pair = teacher_of(student, teacher).vocabularies
+    ids, pieces = pair.theirs.encode(r.text.encode())
+    bare = r.token_ids[:-1] if r.ended else r.token_ids
+    groups = cut_by_hand([p or b"" for p in pair.mine.of(bare)], pieces)
+    if r.ended:
+        groups.append(([len(bare)], [len(ids)]))
+        ids = [*ids, teacher.eos_ids[0]]
+    return encode_prompt(teacher, r.problem.prompt), ids, groups
+
+
+def chunks_of(student: LoadedModel, teacher: LoadedModel, responses: list[Response]) -> list[Chunk]:
     out = []
     for r in responses:
-        ids, pieces = pair.theirs.encode(r.text.encode())
-        bare = r.token_ids[:-1] if r.ended else r.token_ids
-        groups = cut_by_hand([p or b"" for p in pair.mine.of(bare)], pieces)
-        if r.ended:
-            groups.append(([len(bare)], [len(ids)]))
-            ids = [*ids, teacher.eos_ids[0]]
+        prompt, ids, groups = reading(student, teacher, r)
         logq = logits_of(student, r.prompt_ids, r.token_ids)
         with torch.no_grad():
-            logp = logits_of(teacher, encode_prompt(teacher, r.problem.prompt), ids)
+            logp = logits_of(teacher, prompt, ids)
         for a, b in groups:
             out.append(
                 Chunk(
