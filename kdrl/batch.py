@@ -97,6 +97,11 @@ class Rollouts:
             offsets=tuple(offsets),
         )
 
+    def take_verdicts(self) -> None:
+        """Read rewards and verdicts that the responses were given since this was made of them."""
+        for values_B, found in ((self.reward_B, "reward"), (self.correct_B, "correct")):
+            values_B.copy_(torch.tensor([getattr(r, found) for r in self.responses], dtype=values_B.dtype))
+
     @property
     def rows(self) -> int:
         """Number of responses B."""

@@ -146,6 +146,9 @@ def _answer(
     from kdrl.models import encode_prompt
     from kdrl.tasks import ResponseInfo
 
+    def text_of(sample: Any) -> str:
+        return str(loaded.tokenizer.decode(sample.token_ids, skip_special_tokens=True))
+
     samples_BG = engine.generate(
         [encode_prompt(loaded, problem.prompt) for problem in problems],
         samples=config.samples,
@@ -155,9 +158,10 @@ def _answer(
         top_k=config.top_k,
         stop=stop,
         seed=seed,
+        done=lambda i, _, sample: pool.send(text_of(sample), problems[i]),
     )
     rows = [(problem, sample) for problem, samples in zip(problems, samples_BG, strict=True) for sample in samples]
-    texts = [str(loaded.tokenizer.decode(sample.token_ids, skip_special_tokens=True)) for _, sample in rows]
+    texts = [text_of(sample) for _, sample in rows]
     infos = [ResponseInfo(len(sample.token_ids), not sample.ended, limit) for _, sample in rows]
     items = [(text, problem, info) for (problem, _), text, info in zip(rows, texts, infos, strict=True)]
     verdicts = pool.score(items)

@@ -19,7 +19,7 @@ SAMPLED = ("student", "mixed")
 
 
 class Collector:
-    """Writes and verifies a step's responses; the data position and what the source keeps are its state.
+    """Writes a step's responses and has them verified; the data position and what the source keeps are its state.
 
     `wanted(responses)` says, for DAPO's dynamic sampling (2503.14476), whether a group of equal rewards is still
     wanted by some term, as all-wrong groups are by a distillation term. `privileged` writes for groups that failed.
@@ -57,23 +57,38 @@ class Collector:
         return Request.of(problems, group, seed, positions=positions, moment=moment, out=out)
 
     def collect(self, moment: Moment, wanted: Callable[[Rollouts], set[int]]) -> Collected:
-        """Responses of one step; with dynamic sampling, until `prompts` groups have a signal or the rounds are up."""
+        """Responses of one step with their verdicts."""
+        out = self.begin(moment, wanted)
+        self.settle(out)
+        return out
+
+    def settle(self, out: Collected) -> None:
+        """Wait for the verdicts that are still to come."""
+        self.judge(out.responses, out)
+
+    def begin(self, moment: Moment, wanted: Callable[[Rollouts], set[int]]) -> Collected:
+        """Responses of one step, being verified; with dynamic sampling, until `prompts` groups have a signal.
+
+        What resamples or writes for failed groups waits for verdicts here; `settle` waits for the rest.
+        """
         out = Collected()
         step, group, useful = moment.step, 0, 0
         for turn in range(self.rounds + 1):
             seed = derive(self.seed, "rollout", step, turn)
             request = self._request(self.prompts - useful, group, seed, moment, out)
             fresh = self.source.write(request)
-            self.judge(fresh, out)
+            self.judge.send(fresh)
             # Gold and teacher text is not sampled from the policy: another round would not change its rewards.
             if not self.rounds or not any(r.origin in SAMPLED for r in fresh):
                 out.responses = fresh
                 break
+            self.judge(fresh, out)
             useful += self._keep_useful(fresh, wanted, out, last=turn == self.rounds)
             group += len(request.problems)
             if useful >= self.prompts:
                 break
         if self.privileged is not None:
+            self.judge(out.responses, out)
             out.responses += self._privileged(self.privileged, out, moment)
         return out
 

@@ -1,6 +1,7 @@
 """The one loop: write, verify, ask the teacher, update, record, save. Every method is this loop with other terms.
 
-Left out: overlap of the phases, several processes.
+The verifier works beside writing, and beside teachers whose questions need no verdicts. Left out: writing the next step
+during an update, several processes.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any
 
 import torch
 
+from kdrl.asking import Answers, Asking
 from kdrl.batch import Response, Rollouts
 from kdrl.calibration import calibrate, unmeasured
 from kdrl.checkpoint import Checkpoints, Loaded, flatten_optimizer, restore_optimizer
 from kdrl.errors import RunError, UserError
-from kdrl.limits import Limits, tokens_of
+from kdrl.limits import Limits
 from kdrl.measuring import measure_scores
 from kdrl.metrics import Phases, balance, step_row
 from kdrl.models import LoadedModel
@@ -30,8 +32,7 @@ from kdrl.objectives.schedules import Memory, Moment
 from kdrl.recipe import Recipe
 from kdrl.rollouts import Collected, Collector
 from kdrl.seeds import derive
-from kdrl.teachers import Evidence, Teacher
-from kdrl.teachers.base import Need
+from kdrl.teachers import Teacher
 from kdrl.teachers.beside import Beside
 from kdrl.update import Scored, Tally, Updater
 from kdrl.vocab.teacher import chunk_blocks
@@ -87,6 +88,7 @@ class Trainer:
         self.progress = Progress()
         self.memory = Memory.within(parts.recipe)
         self.beside = Beside(parts.teachers)
+        self.asking = Asking(parts, self.beside)
         self._interrupted = False
 
     def restore(self, saved: Loaded) -> dict[str, int]:
@@ -213,12 +215,12 @@ class Trainer:
         moment, phases = self.moment, Phases()
         start = time.perf_counter()
         with phases.of("rollout"):
-            collected = self.parts.collector.collect(moment, lambda rollouts: self._wanted_groups(rollouts, moment))
-        phases.seconds["verify"] = collected.verify_seconds
+            collected = self.parts.collector.begin(moment, lambda rollouts: self._wanted_groups(rollouts, moment))
         phases.seconds["rollout"] -= collected.verify_seconds
         rollouts = Rollouts.of(collected.responses, self.parts.device)
         fitted: dict[str, Any] = {}
-        scored = self._score(rollouts, moment, phases, fitted)
+        scored = self._score(rollouts, moment, phases, fitted, waiting=collected)
+        phases.seconds["verify"] = collected.verify_seconds
         with phases.of("update"):
             tally, norms, balanced = self._update(scored, moment)
         self.progress.step += 1
@@ -253,29 +255,34 @@ class Trainer:
         return kept
 
     def _score(
-        self, rollouts: Rollouts, moment: Moment, phases: Phases, fitted: dict[str, Any] | None = None
+        self,
+        rollouts: Rollouts,
+        moment: Moment,
+        phases: Phases,
+        fitted: dict[str, Any] | None = None,
+        waiting: Collected | None = None,
     ) -> Scored:
-        """What every update needs; with `fitted`, teachers are fitted to the student first and tell it their loss."""
+        """What every update needs; with `fitted`, teachers are fitted to the student first and tell it their loss.
+
+        Verdicts that are still to come are those of `waiting`; what needs none of them is done first.
+        """
         temperature = self.recipe.rollout.temperature
         several = self.recipe.optimizer.minibatches * self.recipe.optimizer.epochs > 1
         old_N = entropy_N = None
         if several or self.parts.objective.wants_entropy_mask:
             with phases.of("update"):
                 old_N, entropy_N = self.parts.updater.score_policy(rollouts, temperature)
+        known: Answers = {}
+        if waiting is not None and not all(r.judged for r in waiting.responses):
+            with phases.of("teacher"):
+                known = self.asking.early(rollouts, moment, entropy_N, old_N)
+            self.parts.collector.settle(waiting)
+            rollouts.take_verdicts()
         active = self.beside.narrowed(self.parts.objective.activate(rollouts, moment, entropy_N, old_N), rollouts)
         with phases.of("teacher"):
             if fitted is not None:
                 fitted |= self.beside.prepare(active, rollouts, temperature, moment)
-            asked = dict.fromkeys(a.teacher for a in active)
-            evidence = {name: self._ask(name, rollouts, active) for name in asked if name}
-            reference = None
-            if self.parts.reference is not None:
-                keep_N = torch.stack(
-                    [a.keep_N for a in active if a.term.needs.reference] or [rollouts.trained_N & False]
-                )
-                whole = any(a.term.needs.reference == "distribution" for a in active)
-                need = "distribution" if whole else "token"
-                reference = self._ask_one(self.parts.reference, rollouts, keep_N.any(0), need)
+            evidence, reference = self.asking.ask(rollouts, active, known)
         scored = Scored(
             rollouts,
             active,
@@ -304,20 +311,6 @@ class Trainer:
                     rollouts.tokens, each.term.draws, generator=generator, dtype=torch.float64
                 )
         return {name: values.to(self.parts.device) for name, values in found.items()}
-
-    def _ask(self, name: str, rollouts: Rollouts, active: list[Active]) -> Evidence:
-        asking = [a for a in active if a.teacher == name]
-        whole = any(a.term.needs.teacher == "distribution" for a in asking)
-        teacher = self.parts.teachers[name]
-        need = "token" if not whole else "distribution" if teacher.gives.distribution else "few"
-        wanted_N = torch.stack([a.wanted_N(rollouts.row_N, rollouts.rows) for a in asking]).any(0)
-        return self._ask_one(teacher, rollouts, wanted_N, need)
-
-    def _ask_one(self, teacher: Teacher, rollouts: Rollouts, wanted_N: torch.Tensor, need: Need) -> Evidence:
-        temperature = self.recipe.rollout.temperature
-        return self.parts.limits.tokens.run(
-            lambda: teacher.score(rollouts, wanted_N, need, temperature), tokens_of(rollouts)
-        )
 
     def _count_calls(self, scored: Scored) -> None:
         """Responses that the teacher was asked about, and those that a mask kept from it."""

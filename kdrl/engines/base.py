@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +34,11 @@ class Engine(Protocol):
         top_k: int = 0,
         stop: Sequence[str] = (),
         seed: int,
+        done: Callable[[int, int, Sample], None] | None = None,
     ) -> list[list[Sample]]:
-        """Samples [prompt][sample]; the same seed gives the same samples whatever else is in the batch."""
+        """Samples [prompt][sample]; the same seed gives the same samples whatever else is in the batch.
+
+        `done(prompt, sample, written)` is called once for each sample, as early as the engine knows that it is whole,
+        and again for those that are written anew because memory ran out; it changes no sample.
+        """
         ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ class JointSample:
     logp: list[float]
     told: list[float]
     ended: bool
+
+    @classmethod
+    def of(cls, token_ids: list[int], pairs: list[Any], ended: bool) -> JointSample:
+        """From tokens and what was chosen with each: log-prob and number."""
+        return cls(token_ids, [p[0] for p in pairs], [p[1] for p in pairs], ended)
 
 
 # fn(student [R, V], teacher [R, V], uniforms [R, 2]) -> tokens [R] and what to tell of each [R].
@@ -111,10 +117,12 @@ class JointEngine:
         temperature: float = 1.0,
         stop: Sequence[str] = (),
         seed: int,
+        done: Callable[[int, int, JointSample], None] | None = None,
     ) -> list[list[JointSample]]:
         """Samples [prompt][sample], both models at one temperature; a response ends at an end token of either.
 
-        The student's draws are those it would have alone, so a rule that never asks the teacher gives its samples.
+        The student's draws are those it would have alone, so a rule that never asks the teacher gives its samples;
+        `done` is called as by every engine.
         Raises UserError as `TorchEngine.generate`, for either model.
         """
         options = SamplingOptions(temperature)
@@ -133,11 +141,16 @@ class JointEngine:
             def start(texts: Sequence[Sequence[int]]) -> _JointRows:
                 return _JointRows(self._engines, texts, max_new_tokens)
 
-            writer = Writer(start, uniform[order].flatten(0, 1), eos_ids, choose, stops)
+            def tell(row: int, *written: Any) -> None:
+                assert done is not None
+                done(order[row // samples], row % samples, JointSample.of(*written))
+
+            told = None if done is None else tell
+            writer = Writer(start, uniform[order].flatten(0, 1), eos_ids, choose, stops, told)
             texts = [prompts[i] for i in order for _ in range(samples)]
             refill = all(engine.plan.refill for engine in self._engines)
             written = writer.write(texts, self._engines[0].max_rows, refill).rows() if texts else iter(())
-            found = [JointSample(ids, [p[0] for p in pairs], [p[1] for p in pairs], end) for ids, pairs, end in written]
+            found = [JointSample.of(*row) for row in written]
         place = {i: n * samples for n, i in enumerate(order)}
         return [[found[place[i] + j] for j in range(samples)] for i in range(len(prompts))]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,9 +50,11 @@ class TorchEngine:
         top_k: int = 0,
         stop: Sequence[str] = (),
         seed: int,
+        done: Callable[[int, int, Sample], None] | None = None,
     ) -> list[list[Sample]]:
         """Samples [prompt][sample]; a sample depends on (weights, prompt, seed, sample index), to rounding.
 
+        On a GPU, where rows are looked at every few steps, `done` is told of a sample that much later.
         Raises UserError for options out of range, for top-p or top-k without `filtered_ok` (the samples would not come
         from the policy whose log-probs are returned), and for a prompt and response longer than the model's context.
         """
@@ -67,8 +70,14 @@ class TorchEngine:
             def start(texts: Sequence[Sequence[int]]) -> Rows:
                 return Rows(loaded, texts, max_new_tokens, self.plan)
 
+            def tell(row: int, *written: Any) -> None:
+                assert done is not None
+                for j in range(row % drawn, samples, drawn):
+                    done(order[row // drawn], j, Sample(*written))
+
             sampler = Sampler(head_of(loaded), options)
-            writer = Writer(start, uniform[order].flatten(0, 1), loaded.eos_ids, sampler, stops)
+            told = None if done is None else tell
+            writer = Writer(start, uniform[order].flatten(0, 1), loaded.eos_ids, sampler, stops, told)
             texts = [prompts[i] for i in order for _ in range(drawn)]
             found = writer.write(texts, self.max_rows, self.plan.refill).samples() if texts else []
         place = {i: n * drawn for n, i in enumerate(order)}

@@ -25,6 +25,8 @@ _REFILL_STEPS = 1.0
 Chooser = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 # fn(prompts) -> rows that begin with them.
 Start = Callable[[Sequence[Sequence[int]]], Grows]
+# fn(number of the response, its tokens, the chooser's data about each, whether it ended by itself)
+Tell = Callable[[int, list[int], list[Any], bool], None]
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,22 @@ class Written:
 
 
 class Writer:
-    """Writes R responses, `max_rows` at a time, each until it ends or has as many tokens as uniforms `[R, T, ...]`."""
+    """Writes R responses, `max_rows` at a time, each until it ends or has as many tokens as uniforms `[R, T, ...]`.
+
+    `tell` is called once for each response, at the first look after it was finished.
+    """
 
     def __init__(
-        self, start: Start, uniform_RT: Tensor, eos_ids: Sequence[int], choose: Chooser, stops: StopStrings | None
+        self,
+        start: Start,
+        uniform_RT: Tensor,
+        eos_ids: Sequence[int],
+        choose: Chooser,
+        stops: StopStrings | None,
+        tell: Tell | None = None,
     ) -> None:
-        self._start, self._choose, self._stops = start, choose, stops
+        self._start, self._choose, self._stops, self._tell = start, choose, stops, tell
+        self._told: set[int] = set()
         self._count, self._steps = uniform_RT.shape[:2]
         self._uniform_RT, self._eos_ids = uniform_RT, tuple(eos_ids)
         self._data_RT: Tensor | None = None
@@ -70,9 +82,12 @@ class Writer:
             slot_B = torch.tensor(waiting[:size], device=rows.device)
             waiting = waiting[size:]
             self._run(rows, slot_B, waiting if refill else [], prompts)
+        return self._written(slice(None))
+
+    def _written(self, which: slice | list[int]) -> Written:
         assert self._data_RT is not None
-        steps = self._steps
-        return Written(self._token_RT[:, :steps], self._data_RT[:, :steps], self._length_R, self._ended_R)
+        columns = (self._token_RT[which, : self._steps], self._data_RT[which, : self._steps])
+        return Written(*columns, self._length_R[which], self._ended_R[which])
 
     def _prepare(self, device: torch.device) -> None:
         # One more column than steps: where finished rows write until they are dropped.
@@ -97,6 +112,8 @@ class Writer:
             # The rows that came last are over by then; a step more could pass the model's context.
             if turn % look_every == 0 or turn == newest + self._steps:
                 alive = int(alive_B.sum())
+                if self._tell is not None and alive < len(slot_B):
+                    self._tell_finished(self._tell, slot_B[~alive_B].tolist())
                 if alive == 0 and not queue:
                     return
                 # Like renting until the rent has paid the price: act once the dead rows have cost as much.
@@ -113,6 +130,13 @@ class Writer:
                     rows.keep(keep_B)
                     slot_B, time_B, alive_B, token_B = (x[keep_B] for x in (slot_B, time_B, alive_B, token_B))
             rows.step(token_B)
+
+    def _tell_finished(self, tell: Tell, slots: Sequence[int]) -> None:
+        fresh = [slot for slot in slots if slot not in self._told]
+        self._told.update(fresh)
+        if fresh:
+            for slot, row in zip(fresh, self._written(fresh).rows(), strict=True):
+                tell(slot, *row)
 
     def _place(self, rows: Grows, slot_B: Tensor, time_B: Tensor) -> tuple[Tensor, Tensor]:
         """Choose and store a token for each row; the tokens, and which rows are over with it."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from kdrl.batch import Origin
 from kdrl.config import Config
 from kdrl.errors import UserError
-from kdrl.objectives.masks import check_mask
+from kdrl.objectives.masks import check_mask, reads_verdicts
 from kdrl.objectives.reduce import Reduce
 from kdrl.objectives.schedules import START, Moment, Schedule
 from kdrl.objectives.scores import Score, ScoreField, Tokens
@@ -125,6 +125,11 @@ class Term(Generic[ConfigT]):
     def needs(self) -> Needs:
         """What the trainer must provide in the view."""
         return Needs()
+
+    @property
+    def asks_by_verdict(self) -> bool:
+        """Whether rewards or verdicts decide which tokens the teacher and the reference are asked about."""
+        return reads_verdicts(self.config.mask)
 
     @property
     def whole_rows(self) -> bool:

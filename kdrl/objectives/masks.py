@@ -48,37 +48,39 @@ MaskFunction = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Mask:
-    """A registered mask, whether it judges responses or tokens, and whether it reads token entropies."""
+    """A registered mask, whether it judges responses or tokens, and whether it reads token entropies and verdicts."""
 
     function: MaskFunction
     per: Literal["response", "token"]
     entropy: bool = False
+    verdicts: bool = True
 
 
 MASKS: Registry[Mask] = Registry("mask")
 
 
 def register_mask(
-    name: str, per: Literal["response", "token"] = "response", entropy: bool = False
+    name: str, per: Literal["response", "token"] = "response", entropy: bool = False, verdicts: bool = True
 ) -> Callable[[MaskFunction], MaskFunction]:
     """Register `fn(context: MaskContext, **settings) -> bool tensor`, `[B]` or with `per="token"` `[N]`, for recipes.
 
-    `entropy` asks for `context.entropy_N`, the rollout policy's entropies in nats.
+    `entropy` asks for `context.entropy_N`, the rollout policy's entropies in nats. `verdicts=False` says that the mask
+    reads no reward and no verdict, so that a teacher can be asked before they are known.
     """
 
     def register(function: MaskFunction) -> MaskFunction:
         if name in ("not", "any"):
             raise UserError(f"{name!r} combines masks and cannot name one; choose another name.")
-        MASKS.add(name, of=function)(Mask(function, per, entropy))
+        MASKS.add(name, of=function)(Mask(function, per, entropy, verdicts))
         return function
 
     return register
 
 
-@register_mask("all")
+@register_mask("all", verdicts=False)
 def everything(context: MaskContext) -> Tensor:
     """Every response."""
-    return torch.ones_like(context.correct_B)
+    return torch.ones_like(context.truncated_B)
 
 
 @register_mask("wrong_response")
@@ -99,13 +101,13 @@ def wrong_group(context: MaskContext) -> Tensor:
     return ~torch.isin(context.group_B, context.group_B[context.correct_B])
 
 
-@register_mask("truncated")
+@register_mask("truncated", verdicts=False)
 def truncated(context: MaskContext) -> Tensor:
     """Responses cut off at the length limit; `{not: truncated}` is DAPO's over-length filter (2503.14476)."""
     return context.truncated_B
 
 
-@register_mask("top_entropy", per="token", entropy=True)
+@register_mask("top_entropy", per="token", entropy=True, verdicts=False)
 def top_entropy(context: MaskContext, share: float) -> Tensor:
     """The `share` of the step's tokens where the rollout policy is least certain, ties included (2506.01939)."""
     if context.entropy_N is None:
@@ -117,7 +119,7 @@ def top_entropy(context: MaskContext, share: float) -> Tensor:
     return context.entropy_N >= context.entropy_N.topk(count).values[-1]
 
 
-@register_mask("score", per="token")
+@register_mask("score", per="token", verdicts=False)
 def by_score(context: MaskContext, expression: Any) -> Tensor:
     """Tokens whose score exceeds one half; it may read data and the rollout policy, not the teacher."""
     score = expression if isinstance(expression, Score) else Score(expression)
@@ -191,6 +193,12 @@ def reads_entropy(spec: Any) -> bool:
     """Whether a mask in `spec` looks at token entropies."""
     named = any(MASKS.get(name).entropy for name in mask_names(spec))
     return named or any("student" in score.reads for score in mask_scores(spec))
+
+
+def reads_verdicts(spec: Any) -> bool:
+    """Whether a mask in `spec` looks at rewards or verdicts, or does not say that it looks at none."""
+    named = any(MASKS.get(name).verdicts for name in mask_names(spec))
+    return named or any(score.reads_verdicts for score in mask_scores(spec))
 
 
 def mask_scores(spec: Any) -> list[Score]:

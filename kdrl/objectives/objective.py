@@ -75,9 +75,18 @@ class Objective:
         return any(reads_entropy(t.config.mask) for t in self.terms)
 
     def activate(
-        self, rollouts: Rollouts, moment: Moment, entropy_N: Tensor | None = None, logq_N: Tensor | None = None
+        self,
+        rollouts: Rollouts,
+        moment: Moment,
+        entropy_N: Tensor | None = None,
+        logq_N: Tensor | None = None,
+        *,
+        judged: bool = True,
     ) -> list[Active]:
-        """The terms of nonzero weight, with masks and advantages taken over the whole step's rollouts."""
+        """The terms of nonzero weight, with masks and advantages taken over the whole step's rollouts.
+
+        Before they are `judged`, only those of whose tokens no reward and no verdict decides.
+        """
         context = MaskContext(
             rollouts.correct_B,
             rollouts.reward_B,
@@ -92,7 +101,7 @@ class Objective:
         )
         found = []
         for name, term, weight in zip(self.names, self.terms, self.weights(moment), strict=True):
-            if weight == 0.0:
+            if weight == 0.0 or (term.asks_by_verdict and not judged):
                 continue
             eligible_N = rollouts.trained_N & rollouts.origin_N(term.config.on)
             keep_N = eligible_N & evaluate_mask(term.config.mask, context)

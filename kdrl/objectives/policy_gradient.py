@@ -130,6 +130,11 @@ class PolicyGradient(Term[PolicyGradientConfig]):
         """Whether an advantage of zero leaves neither loss nor gradient; a teacher's reward would add to it."""
         return self.config.teacher_reward is None
 
+    @property
+    def asks_by_verdict(self) -> bool:
+        """Where responses without advantage are left out."""
+        return self.idle_at_zero or super().asks_by_verdict
+
     def log_ratio(self, view: TokenView) -> Tensor:
         """Log importance ratio per token `[N]`, zero in value on-policy except under a TRRD anchor."""
         old_N = view.logq_N.detach() if view.old_N is None else view.old_N

@@ -36,7 +36,7 @@ def relative_entropy_p(tokens: Tokens) -> Tensor:
     return entropy(logp) / math.log(max(2, logp.shape[-1]))
 
 
-@register_score("entropy_q", reads="student")
+@register_score("entropy_q", reads="student", verdicts=False)
 def entropy_q(tokens: Tokens) -> Tensor:
     """The student's entropy."""
     if tokens.logq_CV is not None:
@@ -126,7 +126,7 @@ def label_p(tokens: Tokens) -> Tensor:
     return tokens.logp_C.detach().exp()
 
 
-@register_score("label_q", reads="student")
+@register_score("label_q", reads="student", verdicts=False)
 def label_q(tokens: Tokens) -> Tensor:
     """The student's probability of the token."""
     return tokens.logq_C.detach().exp()
@@ -139,7 +139,7 @@ def ce_p(tokens: Tokens) -> Tensor:
     return -finite(tokens.logp_C.detach())
 
 
-@register_score("ce_q", reads="student")
+@register_score("ce_q", reads="student", verdicts=False)
 def ce_q(tokens: Tokens) -> Tensor:
     """-log q(y), the student's surprise."""
     return -finite(tokens.logq_C.detach())
@@ -163,13 +163,13 @@ def density_ratio(tokens: Tokens, power: float = 1.0, mix: float = 0.0) -> Tenso
     return (power * (log_r_C - torch.log1p(mix * log_r_C.expm1()))).exp()
 
 
-@register_score("position", reads="data")
+@register_score("position", reads="data", verdicts=False)
 def position(tokens: Tokens) -> Tensor:
     """Place of the token in its response, from 0 at the first to 1 after the last."""
     return tokens.of("index") / tokens.of("length").clamp(min=1)
 
 
-@register_score("length", reads="data")
+@register_score("length", reads="data", verdicts=False)
 def length(tokens: Tokens) -> Tensor:
     """Tokens of the response."""
     return tokens.of("length")
@@ -217,44 +217,44 @@ def signed(tokens: Tokens, right: float = 1.0, wrong: float = -1.0) -> Tensor:
     return torch.where(tokens.of("correct") > 0, number(right), number(wrong))
 
 
-@register_score("above", reads="data")
+@register_score("above", reads="data", verdicts=False)
 def above(tokens: Tokens, of: Tensor, value: float) -> Tensor:
     """1 where the score exceeds `value`."""
     return (torch.as_tensor(of) > value).to(tokens.logq_C.dtype)
 
 
-@register_score("below", reads="data")
+@register_score("below", reads="data", verdicts=False)
 def below(tokens: Tokens, of: Tensor, value: float) -> Tensor:
     """1 where the score is below `value`."""
     return (torch.as_tensor(of) < value).to(tokens.logq_C.dtype)
 
 
-@register_score("one_minus", reads="data")
+@register_score("one_minus", reads="data", verdicts=False)
 def one_minus(tokens: Tokens, of: Tensor) -> Tensor:
     """1 - the score."""
     return 1.0 - of
 
 
-@register_score("choose", reads="data")
+@register_score("choose", reads="data", verdicts=False)
 def choose(tokens: Tokens, where: Tensor, then: float, otherwise: float) -> Tensor:
     """`then` where the score is above one half (or true), else `otherwise`."""
     number = tokens.logq_C.new_tensor
     return torch.where(torch.as_tensor(where) > 0.5, number(then), number(otherwise))
 
 
-@register_score("affine", reads="data")
+@register_score("affine", reads="data", verdicts=False)
 def affine(tokens: Tokens, of: Tensor, scale: float = 1.0, offset: float = 0.0) -> Tensor:
     """scale x the score + offset; a weight b + (1-b) s is {affine: {of: s, scale: 1-b, offset: b}}."""
     return scale * of + offset
 
 
-@register_score("times", reads="data")
+@register_score("times", reads="data", verdicts=False)
 def times(tokens: Tokens, of: Tensor, by: Tensor) -> Tensor:
     """The product of two scores."""
     return of * by
 
 
-@register_score("clip", reads="data")
+@register_score("clip", reads="data", verdicts=False)
 def clip(tokens: Tokens, of: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
     """The score held between `low` and `high`."""
     return torch.clamp(torch.as_tensor(of), low, high)

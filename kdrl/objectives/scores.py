@@ -68,25 +68,29 @@ ScoreFunction = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """A registered score and what it reads."""
+    """A registered score, what it reads, and whether rewards or verdicts may be among its data."""
 
     function: ScoreFunction
     reads: Reads
+    verdicts: bool = True
 
 
 SCORES: Registry[Kind] = Registry("score")
 
 
-def register_score(name: str, reads: Reads = "distributions") -> Callable[[ScoreFunction], ScoreFunction]:
+def register_score(
+    name: str, reads: Reads = "distributions", verdicts: bool = True
+) -> Callable[[ScoreFunction], ScoreFunction]:
     """Register `fn(tokens: Tokens, **settings) -> [C]` as a score of that name.
 
     `reads`: `data` (columns of `tokens.data`), `student` or `teacher` (log-probs of the tokens), `distributions`
     (both over the vocabulary), `entries` (`fn(logp, logq, **settings) -> [C, V]`), or `batch` (`fn(values_N, row_N,
-    **settings) -> [N]` of the expression in its setting `of`, over all tokens of the step).
+    **settings) -> [N]` of the expression in its setting `of`, over all tokens of the step). `verdicts=False` says that
+    it reads no column of rewards or verdicts; a mask made of such scores does not wait for them.
     """
 
     def register(function: ScoreFunction) -> ScoreFunction:
-        SCORES.add(name, of=function)(Kind(function, reads))
+        SCORES.add(name, of=function)(Kind(function, reads, verdicts))
         return function
 
     return register
@@ -125,6 +129,13 @@ class Score:
         """What this and all inner scores look at."""
         own: set[str] = set() if self.number is not None else {self.kind.reads}
         return own.union(*(inner.reads for inner in self.inner))
+
+    @property
+    def reads_verdicts(self) -> bool:
+        """Whether this or an inner score looks at rewards or verdicts, or does not say that it looks at none."""
+        # What ranks a step's tokens is given the values of its inner score alone.
+        own = self.number is None and self.kind.reads != "batch" and self.kind.verdicts
+        return own or any(inner.reads_verdicts for inner in self.inner)
 
     @property
     def constant(self) -> float | None:

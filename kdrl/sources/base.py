@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from kdrl.tasks import Problem, ResponseInfo, VerifierPool
 class Collected:
     """A step's responses, and what happened on the way.
 
-    `generated` counts responses that a model wrote or the data gave, kept or not; `told` are sums of parts and wholes.
+    `generated` counts responses that a model wrote or the data gave, kept or not; `verify_seconds` those that the step
+    waited for verdicts; `told` are sums of parts and wholes.
     """
 
     responses: list[Response] = field(default_factory=list)
@@ -132,8 +133,22 @@ class Judge:
     def __init__(self, pool: VerifierPool | None, max_tokens: int) -> None:
         self.pool, self.max_tokens = pool, max_tokens
 
+    def listener(
+        self, problems: Sequence[Problem], read: Callable[[Sequence[int]], str]
+    ) -> Callable[[int, int, Any], None] | None:
+        """What an engine is to call with finished samples, whose text is verified from then on; None without a pool."""
+        pool = self.pool
+        if pool is None:
+            return None
+        return lambda prompt, _, sample: pool.send(read(sample.token_ids), problems[prompt])
+
+    def send(self, responses: Sequence[Response]) -> None:
+        """Have those without a verdict verified from now on; what was sent of any other response is cancelled."""
+        if self.pool is not None:
+            self.pool.send_only([(r.text, r.problem) for r in responses if not r.judged])
+
     def __call__(self, responses: Sequence[Response], out: Collected) -> None:
-        """Fill in reward, correct and status of those that have none yet."""
+        """Wait for the verdicts of those that have none yet: reward, correct and status."""
         if self.pool is None:
             return
         asked = [r for r in responses if not r.judged]

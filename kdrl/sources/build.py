@@ -91,7 +91,7 @@ class Writers:
 
     def student_source(self, samples: int | None = None) -> StudentSource:
         """The student, `group` responses a problem or as many as asked."""
-        return StudentSource(self.engine, self.student, samples or self.group, **self.sampling)
+        return StudentSource(self.engine, self.student, samples or self.group, self.judge, **self.sampling)
 
     def teacher_source(self, samples: int | None = None) -> TeacherSource:
         """The teacher with its store."""
@@ -111,7 +111,8 @@ class Writers:
         """What every source of two models takes."""
         teacher = SparingEngine(self._teacher, self.engine.limit)
         plain = {k: v for k, v in self.sampling.items() if k not in ("top_p", "top_k")}
-        return {"engine": SparingJoint(self.engine, teacher), "student": self.student, "samples": self.group, **plain}
+        parts = {"engine": SparingJoint(self.engine, teacher), "student": self.student, "samples": self.group}
+        return {**parts, "judge": self.judge, **plain}
 
     @property
     def _teacher(self) -> LoadedModel:

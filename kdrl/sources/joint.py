@@ -11,8 +11,8 @@ from kdrl.batch import Origin, Response
 from kdrl.engines.joint import JointEngine, JointSample, Rule, mixed, speculative
 from kdrl.models import LoadedModel, encode_prompt
 from kdrl.objectives.schedules import Schedule
-from kdrl.sources.base import Request, Source
-from kdrl.sources.student import decoded
+from kdrl.sources.base import Judge, Request, Source
+from kdrl.sources.student import reader
 
 Weigh = Callable[[JointSample], list[float] | None]
 
@@ -22,14 +22,21 @@ class _JointSource(Source):
 
     origin: Origin
 
-    def __init__(self, engine: JointEngine, student: LoadedModel, samples: int, **sampling: Any) -> None:
+    def __init__(
+        self, engine: JointEngine, student: LoadedModel, samples: int, judge: Judge | None = None, **sampling: Any
+    ) -> None:
         self.engine, self.student, self.samples, self.sampling = engine, student, samples, sampling
+        self.judge = judge or Judge(None, 0)
 
     def _write(
         self, request: Request, rule: Rule, weigh: Weigh = lambda sample: None
     ) -> tuple[list[Response], list[JointSample]]:
         prompts = [encode_prompt(self.student, problem.prompt) for problem in request.problems]
-        written = self.engine.generate(prompts, rule, samples=self.samples, seed=request.seed, **self.sampling)
+        read = reader(self.student)
+        done = self.judge.listener(request.problems, read)
+        written = self.engine.generate(
+            prompts, rule, samples=self.samples, seed=request.seed, done=done, **self.sampling
+        )
         request.out.generated += sum(map(len, written))
         responses = [
             Response(
@@ -39,7 +46,7 @@ class _JointSource(Source):
                 sample.token_ids,
                 self.origin,
                 sample.ended,
-                decoded(self.student, sample.token_ids),
+                read(sample.token_ids),
                 importance=weigh(sample),
             )
             for problem, group, prompt, samples in zip(request.problems, request.groups, prompts, written, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,12 @@ class ServedEngine:
         top_k: int = 0,
         stop: Sequence[str] = (),
         seed: int,
+        done: Callable[[int, int, Sample], None] | None = None,
     ) -> list[list[Sample]]:
-        """Samples [prompt][sample] without log-probs; raises UserError or RunError as the client does."""
+        """Samples [prompt][sample] without log-probs; raises UserError or RunError as the client does.
+
+        `done` is called when all are there: answers are read in threads of their own.
+        """
         body = {
             "model": self.teacher.name,
             "n": samples,
@@ -79,7 +83,12 @@ class ServedEngine:
             for key, prompt in zip(prompt_keys(prompts), prompts, strict=True)
         ]
         path = "/v1/chat/completions" if self.api == "chat" else "/v1/completions"
-        return self.teacher.client.map(path, bodies, lambda answer, i: self._read(answer, samples, max_new_tokens))
+        found = self.teacher.client.map(path, bodies, lambda answer, i: self._read(answer, samples, max_new_tokens))
+        if done is not None:
+            for i, row in enumerate(found):
+                for j, sample in enumerate(row):
+                    done(i, j, sample)
+        return found
 
     def _asked(self, prompt: list[int]) -> dict[str, Any]:
         if self.api == "tokens":

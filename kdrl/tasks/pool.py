@@ -55,8 +55,9 @@ class VerifierPool:
     """Scores responses in `workers` processes; a verification that runs longer than `timeout_s` is stopped.
 
     Only the verifier's own time counts: neither the wait for a free worker nor its start. `counts` holds how many were
-    scored by status (ok, timeout, crash, printed). A context manager; defaults come from the recipe. Not to be shared
-    between threads. Raises UserError for a verifier that cannot be built or loaded.
+    scored by status (ok, timeout, crash, printed). A response may be sent before its verdict is asked for; a verdict
+    belongs to the text and the problem that were sent. A context manager; defaults come from the recipe. Not to be
+    shared between threads. Raises UserError for a verifier that cannot be built or loaded.
     """
 
     def __init__(self, task_config: TaskConfig, workers: int | None = None, timeout_s: float | None = None) -> None:
@@ -64,6 +65,8 @@ class VerifierPool:
         self.timeout_s = timeout_s if timeout_s is not None else task_config.verifier.timeout_s
         self.counts: dict[str, int] = {"ok": 0, "timeout": 0, "crash": 0, "printed": 0}
         self.scorer = build_scorer(task_config)
+        # By id and text; the problem is kept so that no other one can be given its id.
+        self._sent: dict[tuple[int, str], list[tuple[Problem, Future[worker.Outcome]]]] = {}
         self._pool = ProcessPool(
             max_workers=workers if workers is not None else task_config.verifier.workers,
             initializer=worker.start,
@@ -88,12 +91,37 @@ class VerifierPool:
         """The part of a response that the verifier is given (for majority votes); None where there is none."""
         return self.scorer.answer(response)
 
+    def send(self, response: str, problem: Problem) -> None:
+        """Have a response verified from now on, for a `score` to come."""
+        self._keep(response, problem, self._schedule(response, problem))
+
+    def send_only(self, items: Sequence[tuple[str, Problem]]) -> None:
+        """Have just these verified from now on: what is missing is sent, and what was sent of others cancelled."""
+        futures = [self._claim(*item) for item in items]
+        dropped, self._sent = self._sent, {}
+        for _, future in (each for sent in dropped.values() for each in sent):
+            future.cancel()
+        for item, future in zip(items, futures, strict=True):
+            self._keep(*item, future)
+
     def score(self, items: Sequence[tuple[str, Problem, ResponseInfo]]) -> list[Verdict]:
-        """One verdict an item, in order."""
-        futures = [self._send(response, problem) for response, problem, _ in items]
+        """One verdict an item, in order, as soon as all are known; what was not sent yet is sent."""
+        futures = [self._claim(response, problem) for response, problem, _ in items]
         return [self._verdict(future, *item) for future, item in zip(futures, items, strict=True)]
 
-    def _send(self, response: str, problem: Problem) -> Future[worker.Outcome]:
+    def _keep(self, response: str, problem: Problem, future: Future[worker.Outcome]) -> None:
+        self._sent.setdefault((id(problem), response), []).append((problem, future))
+
+    def _claim(self, response: str, problem: Problem) -> Future[worker.Outcome]:
+        """What was sent of a response and is claimed by nobody else, or is sent now."""
+        sent = self._sent.pop((id(problem), response), [])
+        if not sent:
+            return self._schedule(response, problem)
+        if sent[1:]:
+            self._sent[id(problem), response] = sent[1:]
+        return sent[0][1]
+
+    def _schedule(self, response: str, problem: Problem) -> Future[worker.Outcome]:
         payload = cloudpickle.dumps((response, problem))
         return self._pool.schedule(worker.verify, args=(payload,), timeout=self.timeout_s)
 

@@ -63,6 +63,12 @@ class Beside:
         found: dict[str, Companion] = {f"prepared_{name}": t for name, t in self.prepared.items()}
         return found if self.own is None else found | {"self_teacher": self.own}
 
+    @property
+    def late(self) -> set[str]:
+        """Teachers that cannot be asked before the verdicts: they read some, or are fitted first."""
+        waits = self.own is not None and self.own.config.needs_verdicts
+        return {*self.prepared, *(["self"] if waits else [])}
+
     def narrowed(self, active: Sequence[Active], rollouts: Rollouts) -> list[Active]:
         """The terms; those that ask the self-teacher only where it has a prompt to read, which is filled in here.
 
