@@ -13,9 +13,13 @@ from transformers import DynamicCache
 from kdrl.engines.attention import fast_attention
 from kdrl.engines.cache import Encoded, RoomyLayer, new_cache, select_rows
 from kdrl.engines.fused import FusedStep, fusable
+from kdrl.engines.shared import SharedPrompts
 from kdrl.engines.static import StaticStep
 from kdrl.models.heads import accepts, causal_lm, decoder_of
 from kdrl.models.loading import LoadedModel
+
+# Bringing the rows of a prompt together costs about what it saves at this many tokens.
+_SHARED = 48
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Plan:
     """Which shortcuts a model's decode steps take; all off is the plain way that every architecture knows.
 
     `static` needs `fused` and `roomy_cache`, and replays CUDA graphs.
-    `compact` drops finished rows and `refill` gives their places to waiting prompts.
+    `compact` drops finished rows and `refill` gives their places to waiting prompts. Prompts of `shared` tokens or
+    more, unless it is 0, are kept once for all their rows; that needs `fused` and goes without `static` and `refill`.
     """
 
     roomy_cache: bool = False
@@ -33,6 +38,7 @@ class Plan:
     static: bool = False
     compact: bool = True
     refill: bool = False
+    shared: int = 0
 
     @staticmethod
     def fastest(loaded: LoadedModel) -> Plan:
@@ -47,7 +53,8 @@ class Plan:
         gpu = loaded.device.type != "cpu"
         # Rows that began at different times share the columns of the oldest, and a CPU's step costs what its rows and
         # columns do: there finished rows are only dropped (refilling took up to 1.7 times as long).
-        return Plan(True, plain and sdpa, single, fused, static=fused and gpu, refill=plain and gpu)
+        shared = _SHARED if fused and not gpu else 0
+        return Plan(True, plain and sdpa, single, fused, static=fused and gpu, refill=plain and gpu, shared=shared)
 
 
 def text_config(loaded: LoadedModel) -> Any:
@@ -96,6 +103,7 @@ class Rows:
         self._fused = FusedStep(loaded, self._longest) if plan.fused else None
         self._last: Encoded | None = None
         self._static: StaticStep | None = None
+        self._shared: SharedPrompts | None = None
         self._prefill(prompts)
 
     def step(self, token_B: Tensor) -> None:
@@ -109,7 +117,7 @@ class Rows:
             self.hidden_BD = self._static_step(self._fused, token_B)
             return
         if self._fused is not None:
-            self.hidden_BD = self._fused(token_B, self._position_B1, mask, self._cache.update)
+            self.hidden_BD = self._fused(token_B, self._position_B1, mask, self._cache.update, self._shared)
             return
         with fast_attention(self._config, self.plan.single_query):
             self.hidden_BD = self._forward(token_B[:, None], mask, self._position_B1, self._cache)[:, -1]
@@ -123,6 +131,8 @@ class Rows:
     def keep(self, keep_B: Tensor) -> None:
         """Drop all rows but the named ones."""
         select_rows(self._cache, keep_B)
+        if self._shared is not None:
+            self._shared.keep(keep_B)
         self.hidden_BD = self.hidden_BD[keep_B]
         if self._mask is not None:
             self._start_B1, self._position_B1 = self._start_B1[keep_B], self._position_B1[keep_B]
@@ -166,14 +176,18 @@ class Rows:
         else:
             self._start_B1 = start_P1[parent_B]
             self._position_B1 = self._written - 1 - self._start_B1
-        select_rows(self._cache, parent_B)
+        if len(index) < len(prompts) and self._shares:
+            self._shared = SharedPrompts(self._cache, parent_B)
+            self._cache = self._new_cache()
+        else:
+            select_rows(self._cache, parent_B)
         self._mask = None if start_P1 is None else self._made_mask()
         self.hidden_BD = hidden_PD[parent_B]
 
     def _encode(self, prompts: list[tuple[int, ...]]) -> tuple[DynamicCache, Tensor, Tensor | None]:
         """A cache of these prompts, padded on the left, the hidden states of their ends, and where each starts."""
         width = max(map(len, prompts))
-        cache = new_cache(self._config, self._longest + 64 * self.plan.refill, self.plan.roomy_cache)
+        cache = self._new_cache()
         if all(len(prompt) == width for prompt in prompts):
             positions = torch.arange(width, device=self.device)[None]
             hidden_PLD = self._forward(torch.tensor(prompts, device=self.device), None, positions, cache)
@@ -183,6 +197,15 @@ class Rows:
         positions = torch.arange(width, device=self.device) - start_P1
         hidden_PLD = self._forward(ids, (positions >= 0).long(), positions.clamp(min=0), cache)
         return cache, hidden_PLD[:, -1], start_P1
+
+    @property
+    def _shares(self) -> bool:
+        """Whether prompts are long enough to be kept once, in a plan that can."""
+        plan = self.plan
+        return 0 < plan.shared <= self._written and plan.fused and not (plan.static or plan.refill)
+
+    def _new_cache(self) -> DynamicCache:
+        return new_cache(self._config, self._longest + 64 * self.plan.refill, self.plan.roomy_cache)
 
     def _make_room(self) -> None:
         """Before buffers grow, forget the columns that no row needs any more; only refilled rows leave such."""

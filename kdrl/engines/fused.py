@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdrl.engines.attention import masked
+from kdrl.engines.shared import SharedPrompts
 from kdrl.models.heads import causal_lm, decoder_of
 from kdrl.models.loading import LoadedModel
 from kdrl.models.quick import QuickLinear
@@ -113,7 +114,7 @@ class _Block:
         if self.turns:
             qk = torch.addcmul(qk * cos, qk.roll(self.width // 2, -1), sin)
         keys, values = store(qk[:, heads:, None], value[:, :, None], self.number)
-        out = attend(qk[:, :heads], keys, values, self.scale)
+        out = attend(qk[:, :heads] * self.scale, keys, values, self.number)
         x_BD = x_BD + self.o(out.to(dtype))
         gate, up = self.gate_up(_norm(self.between, x_BD).to(dtype)).chunk(2, -1)
         return x_BD + self.down(functional.silu(gate).mul_(up))
@@ -121,8 +122,8 @@ class _Block:
 
 # fn(keys and values [B, H_kv, 1, W] of the new token, layer) -> those of all tokens [B, H_kv, L, W].
 Store = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-# fn(query [B, H, W], keys and values [B, H_kv, L, W], scale) -> [B, H * W].
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+# fn(scaled query [B, H, W], keys and values [B, H_kv, L, W], layer) -> [B, H * W].
+Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 class FusedStep:
@@ -144,12 +145,24 @@ class FusedStep:
         if self._cos_LW.shape[-1] != self._blocks[0].width:
             raise ValueError("part of each head turns with its position, which a fused step does not know")
 
-    def __call__(self, token_B: Tensor, position_B1: Tensor, mask: Tensor | None, store: Store) -> Tensor:
-        """Hidden states [B, D] after the final norm; `mask` [B, 1, 1, L] is bool, or added to scores."""
+    def __call__(
+        self,
+        token_B: Tensor,
+        position_B1: Tensor,
+        mask: Tensor | None,
+        store: Store,
+        shared: SharedPrompts | None = None,
+    ) -> Tensor:
+        """Hidden states [B, D] after the final norm; `mask` [B, 1, 1, L] is bool, or added to scores.
+
+        With `shared`, which is for CPUs, the stored keys and values are those behind the prompts.
+        """
         cos, sin = self._cos_LW[position_B1], self._sin_LW[position_B1]
 
-        def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-            return self._attend(query, keys, values, scale, mask)
+        def attend(query: Tensor, keys: Tensor, values: Tensor, layer: int) -> Tensor:
+            if self._on_cpu:
+                return _by_products(query, keys, values, mask, shared, layer)
+            return _by_kernel(query.to(self._dtype), keys.to(self._dtype), values.to(self._dtype), mask)
 
         with torch.autocast(token_B.device.type, enabled=False):
             x_BD = functional.embedding(token_B, self._embed.weight)
@@ -157,23 +170,31 @@ class FusedStep:
                 x_BD = block(x_BD, self._dtype, cos, sin, store, attend)
             return _norm(self._final, x_BD)
 
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-        rows, heads, width = query.shape
-        kv_heads = keys.shape[1]
-        if not self._on_cpu:
-            keys, values = keys.to(self._dtype), values.to(self._dtype)
-            query = query.to(self._dtype)[:, :, None]
-            out = functional.scaled_dot_product_attention(
-                query, keys, values, attn_mask=mask, scale=scale, enable_gqa=heads != kv_heads
-            )
-            return out.reshape(rows, heads * width)
-        # Two matrix products take a third of the fused kernel's time here, and are no farther from exact attention.
-        grouped = (query * scale).to(keys.dtype).reshape(rows * kv_heads, heads // kv_heads, width)
-        score = torch.bmm(grouped, keys.flatten(0, 1).transpose(1, 2)).float().view(rows, kv_heads, -1, keys.shape[2])
-        if mask is not None:
-            score = masked(score, mask)
-        weight = torch.softmax(score, -1).to(values.dtype).flatten(0, 1)
-        return torch.bmm(weight, values.flatten(0, 1)).view(rows, heads * width)
+
+def _by_kernel(query_BHW: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    gqa = query_BHW.shape[1] != keys.shape[1]
+    out = functional.scaled_dot_product_attention(
+        query_BHW[:, :, None], keys, values, attn_mask=mask, scale=1.0, enable_gqa=gqa
+    )
+    return out.flatten(1)
+
+
+def _by_products(
+    query_BHW: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, shared: SharedPrompts | None, layer: int
+) -> Tensor:
+    """Two matrix products take a third of the fused kernel's time on a CPU, and are no farther from exact attention."""
+    rows, heads, width = query_BHW.shape
+    kv_heads, length = keys.shape[1:3]
+    query = query_BHW.to(keys.dtype).view(rows, kv_heads, heads // kv_heads, width)
+    score = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)).view(rows, kv_heads, -1, length)
+    if shared is not None:
+        score = torch.cat([shared.scores(query, layer), score], -1)
+    score = score.float()
+    weight = torch.softmax(score if mask is None else masked(score, mask), -1).to(values.dtype)
+    mixed = torch.bmm(weight[..., -length:].flatten(0, 1), values.flatten(0, 1)).view(query.shape)
+    if shared is not None:
+        mixed += shared.mixed(weight[..., :-length], layer)
+    return mixed.view(rows, heads * width)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
