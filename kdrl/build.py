@@ -21,7 +21,7 @@ from kdrl.limits import Limits, SparingEngine, SparingUpdater
 from kdrl.models import LoadedModel, encode_prompt, load_model
 from kdrl.models.loading import load_without_weights
 from kdrl.objectives.schedules import Memory
-from kdrl.optimizers import build_optimizer
+from kdrl.optimizers import build_optimizer, check_kind
 from kdrl.pairing import check_contexts, check_gives, check_lengths, check_numbers, pairing_checks
 from kdrl.recipe import Recipe
 from kdrl.rollouts import Collector
@@ -91,6 +91,7 @@ class Builder:
         self.notes: list[str] = []
         self._observe = observe or self._note
         self.objective = build_objective(recipe)
+        self._observe("optimizer.kind", lambda: check_kind(recipe.optimizer.kind, [torch.device(self.device).type]))
         self._observe("scores", lambda: [*warnings_of(self.objective), *unset_rate(recipe)])
         self.student = load_model(recipe.student, self.device, trainable=True, seed=recipe.seed)
         self.served: dict[str, ServedTeacher] = {}

@@ -17,6 +17,7 @@ from kdrl.data.cache_teacher import register as register_cache
 from kdrl.data.commands import register
 from kdrl.errors import UserError
 from kdrl.serving import register as register_serving
+from kdrl.yamls import read_recipe
 
 app = typer.Typer(
     name="kdrl",
@@ -99,6 +100,7 @@ def train(
         raise UserError("give a recipe, as in `kdrl train recipes/kdrl.yaml student.model=PATH`, or --resume RUN.")
     if "=" in str(recipe) and not recipe.exists():
         raise UserError(f"{str(recipe)!r} looks like an override; the recipe file comes first.")
+    read_recipe(recipe)  # before imports that take seconds
     if dry_run:
         if output is not None:
             from kdrl.run import check_output
@@ -116,8 +118,10 @@ def _dry_run(recipe: Path, overrides: list[str]) -> None:
     from kdrl.planning import memory_plan
     from kdrl.recipe import load_recipe
     from kdrl.tasks import build_task
+    from kdrl.teachers.checks import check_named_models
 
     resolved = load_recipe(recipe, overrides)
+    check_named_models(resolved)
     build_task(resolved.task, resolved.seed, lambda problem: 0)
     console.print(resolved.to_yaml(), markup=False)
     console.print(explain_objective(resolved), markup=False)
@@ -144,6 +148,7 @@ def evaluate_command(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Evaluate a model on a recipe's held-out problems: avg@n, pass@k, majority@k, tokens, truncation."""
+    read_recipe(task)  # before imports that take seconds
     from kdrl.evaluation import EvaluationResult, compare, evaluate, results_table
 
     given = {
@@ -201,10 +206,10 @@ def doctor(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings here too.")] = None,
 ) -> None:
     """Options of `kdrl doctor`; the text of its --help is DOCTOR_HELP."""
-    from kdrl.doctor import Effort, examine, to_json
-
     if json_file is not None and not json_file.parent.is_dir():
         raise UserError(f"--json {json_file}: there is no folder {json_file.parent}.")
+    from kdrl.doctor import Effort, examine, to_json
+
     findings = examine(recipe, overrides or [], effort=Effort(problems, prompts, group), say=lambda f: _say(str(f)))
     if json_file is not None:
         json_file.write_text(to_json(findings), encoding="utf-8")

@@ -27,6 +27,7 @@ from kdrl.tasks import Problem, ResponseInfo
 from kdrl.tasks.base import take
 from kdrl.tasks.config import ExtractConfig
 from kdrl.teachers.cache_rehearsal import Rehearsal
+from kdrl.teachers.checks import check_named_models
 from kdrl.teachers.served_parity import AGREES
 
 Verdict = Literal["ok", "note", "wrong"]
@@ -42,7 +43,7 @@ _FINE = {
     "held-out problems": "the splits that are evaluated are there",
 }
 # Checks of what most recipes do not have.
-_QUIET = {"scores", "numbers", "routes", "self-teacher's context", "memory"}
+_QUIET = {"scores", "optimizer.kind", "numbers", "routes", "self-teacher's context", "memory"}
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,11 @@ def examine(
         doctor.find("recipe", "wrong", str(error))
         return doctor.findings
     doctor.find("recipe", "ok", _in_a_line(resolved))
+    try:
+        check_named_models(resolved)
+    except UserError as error:
+        doctor.find("loading", "wrong", str(error))
+        return doctor.findings
     doctor.observe("memory", lambda: _memory(doctor, resolved))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         try:
@@ -134,7 +140,8 @@ def examine(
                 return doctor.findings
             measured = measure(builder, parts, effort.problems)
         except UserError as error:
-            doctor.find("samples", "wrong", str(error))
+            if str(error) not in {f.text for f in doctor.findings}:
+                doctor.find("samples", "wrong", str(error))
             return doctor.findings
         judge(doctor, resolved, measured)
     return doctor.findings

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kdrl.doctor_samples import Gap, Measured
+from kdrl.objectives.schedules import schedules_in
 from kdrl.recipe import Recipe
 from kdrl.vocab.align import HALF, MOST
 
@@ -20,6 +21,7 @@ def judge(doctor: Doctor, recipe: Recipe, found: Measured) -> None:
         _gap(doctor, name, gap, found.entropy)
     _alignment(doctor, found)
     _gradients(doctor, found)
+    _balance(doctor, recipe, found)
     rows = recipe.rollout.prompts * recipe.rollout.group
     seconds = {k: v * rows / max(1, found.rows) for k, v in found.seconds.items()}
     total = sum(seconds.values())
@@ -115,21 +117,30 @@ def _gradients(doctor: Doctor, found: Measured) -> None:
             doctor.find(f"objective.{term.name}", "note", f"{text}; raise k")
         else:
             doctor.find(f"objective.{term.name}", "ok", text)
+
+
+def _balance(doctor: Doctor, recipe: Recipe, found: Measured) -> None:
+    """Distillation against rewards, for which order 1 is usual: beta x length x KL, else the gradients' norms."""
     sides = {family: [t for t in found.terms if t.family == family and t.norm > 0] for family in ("kd", "rl")}
     if not (sides["kd"] and sides["rl"]):
         return
-    kd, rl = (max(t.norm for t in sides[family]) for family in ("kd", "rl"))
-    text = f"distillation to reward {kd / rl:.2g} in gradient norm"
+    kd, rl = (max(sides[family], key=lambda t: t.norm) for family in ("kd", "rl"))
+    ratio = kd.norm / rl.norm
+    looked, text = [(ratio, 10.0)], f"distillation to reward {ratio:.2g} in gradient norm"
     gap = next((gap for gap in found.gaps.values() if gap.covered is None), None)
-    if gap is not None:
-        beta = sides["kd"][0].weight / sides["rl"][0].weight
+    if gap is not None and not gap.alike:
+        beta = kd.weight / rl.weight
         size = beta * found.tokens * abs(gap.ratio)
+        # Of a few responses the norms say less: many groups of equal rewards make that of the rewards small.
+        looked = [(abs(size), 10.0), (ratio, 50.0)]
         text += f"; beta x length x KL is {beta:.3g} x {found.tokens:.0f} x {abs(gap.ratio):.2g} = {size:.2g}"
-    if kd / rl < 0.02:
-        doctor.find(
-            "balance", "note", f"{text}: the teacher hardly counts; raise the distill weight (order 1 is usual)"
-        )
-    elif kd / rl > 50:
-        doctor.find("balance", "note", f"{text}: the rewards hardly count; lower the distill weight")
-    else:
+    off = next((value for value, most in looked if not 1 / most <= value <= most), 1.0)
+    if off == 1.0:
         doctor.find("balance", "ok", text)
+    elif any(s.adaptive is not None for path, s in schedules_in(recipe.objective) if path.endswith(".weight")):
+        doctor.find("balance", "ok", f"{text} at the start; a weight of the recipe follows the run")
+    else:
+        what = "the teacher hardly counts; raise" if off < 1 else "the rewards hardly count; lower"
+        meant = " (more is right while the student should first become like its teacher)" if off > 1 else ""
+        advice = f"{what} objective.{kd.name}.weight from {kd.weight:g} to about {kd.weight / off:.2g}, for order 1"
+        doctor.find("balance", "note", f"{text}: {advice}{meant}")

@@ -64,7 +64,8 @@ def build_optimizer(
     AdamW is fused, which on a CPU takes a quarter of the time. Raises UserError where a kind cannot be had.
     """
     devices = {p.device.type for group in groups for p in group["params"]}
-    base = torch.optim.AdamW if kind == "adamw" else _bitsandbytes(kind, devices)
+    check_kind(kind, devices)
+    base = _class(kind)
     parts = [Extragradient] * extragradient + [MasterWeights] * master_weights
     # The name goes into checkpoints, which are refused by another optimizer.
     name = "".join(part.__name__ for part in (*parts, base))
@@ -73,20 +74,28 @@ def build_optimizer(
     return made([dict(group) for group in groups], lr=0.0, betas=betas, eps=eps, **options)
 
 
-def _bitsandbytes(kind: OptimizerKind, devices: Iterable[str]) -> type[torch.optim.Optimizer]:
+def check_kind(kind: OptimizerKind, devices: Iterable[str]) -> None:
+    """Raise UserError for a kind that parameters on these types of devices cannot have, or without bitsandbytes."""
+    if kind == "adamw":
+        return
     if kind.startswith("paged") and "cpu" in devices:
         raise UserError(
             f"optimizer.kind={kind} keeps moments in memory that a GPU pages out, and this run is on the CPU; use "
             "optimizer.kind=adamw_8bit or adamw."
         )
     try:
-        library = importlib.import_module("bitsandbytes")
+        importlib.import_module("bitsandbytes")
     except ImportError:
         raise UserError(
             f"optimizer.kind={kind} needs the package bitsandbytes; install it with: pip install 'kdrl[gpu]', or use "
             "optimizer.kind=adamw."
         ) from None
-    return getattr(library.optim, _CLASSES[kind])
+
+
+def _class(kind: OptimizerKind) -> type[torch.optim.Optimizer]:
+    if kind == "adamw":
+        return torch.optim.AdamW
+    return getattr(importlib.import_module("bitsandbytes").optim, _CLASSES[kind])
 
 
 def state_bytes(kind: OptimizerKind, trainable: int, weight_bytes: int, *, master_weights: bool) -> tuple[int, str]:

@@ -30,7 +30,7 @@ from kdrl.teachers.combined import CombinedConfig, TeacherEntry, is_combined
 from kdrl.teachers.config import SelfTeacherConfig, TeacherConfig
 from kdrl.teachers.prepare import PREPARATIONS
 from kdrl.watch import LogConfig
-from kdrl.yamls import load_yaml
+from kdrl.yamls import read_recipe
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     if isinstance(source, Mapping):
         raw, where = copy.deepcopy(dict(source)), "the recipe"
     else:
-        raw, where = _read(Path(source)), str(source)
+        raw, where = read_recipe(Path(source)), str(source)
     pairs = [parse_override(text) for text in overrides]
     # The method and the plugins decide how the rest is read, so they come first.
     for key, value in pairs:
@@ -270,22 +270,9 @@ def validate(raw: Mapping[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(dict(raw))
     except ValidationError as error:
         lines = explain_validation(error, Recipe, "")
+        if is_combined(raw.get("teacher")):
+            lines = [line.replace("teachers.teacher", "teacher", 1) for line in lines]
         raise UserError(f"{where} is not a valid recipe:\n  " + "\n  ".join(lines)) from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        path = path / "recipe.yaml"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"there is no recipe at {path}; recipes/ holds examples.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the recipe {path} cannot be read: {error}") from None
-    raw = load_yaml(text, str(path))
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} is not a recipe: it must be a mapping of keys such as method, student and task.")
-    return raw
 
 
 def describe_fields(kind: type[Config] = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from kdrl.memory import settle_heap
 from kdrl.models import save_final
 from kdrl.planning import memory_plan
 from kdrl.recipe import Recipe, load_recipe
+from kdrl.teachers.checks import check_named_models
 from kdrl.trainer import InterruptedRunError, Trainer
 from kdrl.watch import Watch
 from kdrl.yamls import load_yaml
@@ -65,8 +66,8 @@ def train(
         resolved = load_recipe(recipe, overrides)
         name = Path(recipe).stem if isinstance(recipe, str | Path) else (resolved.method or "run")
     run_dir = Path(output) if output is not None else Path("runs") / name
-    _claim(run_dir)
-    return _run(resolved, run_dir, say or print, resume=False, force=force)
+    with _claimed(run_dir):
+        return _run(resolved, run_dir, say or print, resume=False, force=force)
 
 
 def resume(run_dir: str | Path, *, say: Say | None = None, force: bool = False) -> RunResult:
@@ -93,16 +94,27 @@ def check_output(run_dir: Path) -> None:
         raise UserError(f"{run_dir} exists and is not an empty folder; choose another --output.")
 
 
-def _claim(run_dir: Path) -> None:
+@contextmanager
+def _claimed(run_dir: Path) -> Iterator[None]:
+    """Make the folder before anything takes its time; what ends before a run began leaves no empty ones behind."""
     check_output(run_dir)
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the output folder {run_dir} cannot be made: {error.strerror}.") from None
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # the first that is not empty, and with it those that hold it
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def _run(recipe: Recipe, run_dir: Path, say: Say, *, resume: bool, force: bool) -> RunResult:
     torch.use_deterministic_algorithms(True, warn_only=True)
+    check_named_models(recipe)
     with ExitStack() as stack, _stopped_at_once(run_dir), told():
         if not resume:
             say(explain_objective(recipe))

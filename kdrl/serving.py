@@ -17,7 +17,7 @@ import typer
 
 from kdrl.errors import UserError
 from kdrl.models.config import TeacherModelConfig
-from kdrl.models.sources import find_origin
+from kdrl.models.sources import Origin, check_named, explain, find_origin
 
 HELP = """Serve a teacher by vLLM for `teacher.served`, until Ctrl-C. MODEL is a folder or hub id.
 
@@ -102,15 +102,35 @@ def check_flags(serving: Serving) -> None:
             raise UserError(f"{word} leaves cached prompt tokens without log-probs, so the server could not score.")
 
 
-def check_model(model: str) -> None:
-    """Raise UserError for a folder or file that is not there; a hub id is not looked up."""
-    find_origin(TeacherModelConfig(model=model))
-    path = Path(model)
-    if "/" in model and path.parent.is_dir() and not path.exists():
+def check_model(model: str, max_length: int | None) -> None:
+    """Raise UserError for a folder or file that is not there, or reads fewer tokens; a hub id is not looked up."""
+    if not (Path(model).expanduser().exists() or model.endswith(".gguf")):
+        check_named(model)
+        return
+    origin = find_origin(TeacherModelConfig(model=model))
+    context = None if max_length is None else _context(origin)
+    # vLLM must write a token, so that it reads one less than its context.
+    if max_length is not None and context is not None and max_length >= context:
         raise UserError(
-            f"model {model!r}: the folder {str(path.parent)!r} holds no {path.name!r}. If it is a hub id, start the "
-            "command from a folder that holds no such name."
+            f"--max-length {max_length} is beyond what {model!r} reads: {context} tokens, of which the server must "
+            f"write one; give --max-length {context - 1} or less, or leave it out."
         )
+
+
+def _context(origin: Origin) -> int | None:
+    """Tokens of the longest sequence, as vLLM counts it: stretched positions count at their full length."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(origin.name, **origin.options).get_text_config()
+    except Exception as error:
+        raise UserError(explain(error, origin.label, "model")) from error
+    context = getattr(config, "max_position_embeddings", None)
+    if not isinstance(context, int):
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    stretched = isinstance(rope, dict) and rope.get("rope_type") not in ("llama3", "longrope", "default", None)
+    return int(context * max(1.0, float(rope.get("factor") or 1.0))) if stretched else context
 
 
 def check(serving: Serving) -> None:
@@ -153,7 +173,7 @@ def serve_command(
         float | None, typer.Option(min=0.01, max=1.0, help="Share of the GPU's memory. Default: vLLM's.")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Longest prompt with response. Default: the model's.")
+        int | None, typer.Option(min=1, help="Longest prompt with response, below the model's context. Default: that.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     key_env: Annotated[
@@ -170,7 +190,7 @@ def serve_command(
     interpreter = python or sys.executable
     serving = Serving(model, host, port, top_k, gpu_memory, max_length, dtype, key_env, interpreter, tuple(extra or ()))
     check_flags(serving)
-    check_model(model)
+    check_model(model, max_length)
     if not dry_run:
         check(serving)
     key = "VLLM_API_KEY=$" + key_env + " " if key_env else ""

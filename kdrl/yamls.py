@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -45,3 +46,19 @@ def load_yaml(text: str, where: str) -> Any:
         line = "" if mark is None else f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{where}{line} is not YAML: {problem}") from None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe file, or the folder of a run, as plain data; raises UserError where it is not there or no mapping."""
+    if path.is_dir():
+        path = path / "recipe.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"there is no recipe at {path}; recipes/ holds examples.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {path} cannot be read: {error}") from None
+    raw = load_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a recipe: it must be a mapping of keys such as method, student and task.")
+    return raw

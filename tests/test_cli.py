@@ -161,6 +161,65 @@ def test_a_users_mistake_is_a_sentence_and_status_2(kdrl: Kdrl, recipe: Path, ar
     assert "accuracy" not in said
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        "train absent.yaml",
+        "train broken.yaml",
+        "train --wrong",
+        "train",
+        "eval m --task absent.yaml",
+        "bench absent.yaml",
+        "bench --help",
+        "doctor --help",
+    ],
+)
+def test_help_and_what_can_be_seen_at_once_do_not_wait_for_torch(tmp_path: Path, line: str):
+    (tmp_path / "broken.yaml").write_text("method: kdrl\nmethod: opd\n")
+    look = (
+        "import sys\nfrom kdrl.cli import main\ntry:\n    main()\nfinally:\n"
+        "    print(sorted({'torch', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", look, *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert "Traceback" not in done.stderr
+    assert "[]" in done.stderr.splitlines()
+
+
+def test_a_recipe_is_read_without_transformers():
+    look = "import sys, kdrl.recipe; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "teacher.model=./absent",
+        "rollout.max_new_tokens=500",
+        "student.model=/absent",
+        "optimizer.kind=paged_adamw_8bit",
+    ],
+)
+def test_a_train_that_is_refused_leaves_no_folder(kdrl: Kdrl, recipe: Path, tmp_path: Path, change: str):
+    (tmp_path / "there").mkdir()
+    before = set(tmp_path.rglob("*"))
+    for output in ("new/of/three", "there/run"):
+        assert kdrl("train", recipe, change, "--output", output)[0] == 2
+    (tmp_path / "empty").mkdir()
+    assert kdrl("train", recipe, change, "--output", "empty")[0] == 2
+    assert set(tmp_path.rglob("*")) - before == {tmp_path / "empty"}, "what was there stays"
+
+
+def test_a_missing_model_is_named_by_its_option(kdrl: Kdrl, recipe: Path, tmp_path: Path):
+    for command in (["train", recipe], ["train", recipe, "--dry-run"], ["bench", recipe], ["doctor", recipe]):
+        for key in ("student.model", "teacher.model", "student.tokenizer"):
+            status, said, err = kdrl(*command[:2], f"{key}=./absent", *command[2:])
+            assert status == 2
+            assert f"{key} './absent': there is no such folder" in said + err
+
+
 def test_a_folder_with_other_things_is_not_written_into(kdrl: Kdrl, recipe: Path, tmp_path: Path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")

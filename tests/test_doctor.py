@@ -70,6 +70,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "another tokenizer than the student",
     ),
     "end": ({"teacher": {"eos": ["#"]}}, "end token", "end a response differently"),
+    "optimizer": ({"optimizer": {"kind": "paged_adamw_8bit"}}, "optimizer.kind", "this run is on the CPU"),
     "context": ({"rollout": {"max_new_tokens": 500}}, "context length", "the student reads at most 128 tokens"),
     "split": ({"task": {"holdout": {"test": 0.0}}, "evaluate": {"final_problems": 4}}, "held-out problems", "no test"),
     "model": ({"teacher": {"model": "/no/such/folder"}}, "loading", "there is no such folder"),
@@ -212,6 +213,15 @@ def test_verdicts_on_what_was_measured(world: Path):
     assert "the teacher hardly counts" in said(made(terms=faint), world)["balance"].text
     loud = [rl, TermGradient("distill", "kd", 1e4, 80, 1e3, None)]
     assert "the rewards hardly count" in said(made(terms=loud), world)["balance"].text
+    # beta x length x KL is 4.7 x 20 x 0.5 = 47, whatever the norms say
+    heavy = said(made(terms=[rl, TermGradient("distill", "kd", 4.7, 80, 1.0, None)]), world)["balance"]
+    assert heavy.verdict == "note"
+    assert "lower objective.distill.weight from 4.7 to about 0.1, for order 1" in heavy.text
+    light = said(made(terms=[rl, TermGradient("distill", "kd", 0.005, 80, 1.0, None)]), world)["balance"]
+    assert "raise objective.distill.weight from 0.005 to about 0.1, for order 1" in light.text
+    # Of a teacher whose KL is not known a token the norms have to do.
+    unknown = said(made(gaps={}, terms=[rl, TermGradient("distill", "kd", 2.0, 80, 20.0, None)]), world)["balance"]
+    assert "from 2 to about 0.1" in unknown.text
     dead = [rl, TermGradient("distill", "kd", 1.0, 80, 0.0, None, "teacher")]
     assert said(made(terms=dead), world)["objective.distill"].verdict == "wrong"
     same = {"teacher": Gap(0.0, 0.0, 0.0)}

@@ -219,7 +219,7 @@ def test_table_and_json_say_the_verdict() -> None:
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(world: Path, tmp_path: Path) -> None:
-    """A real process, and no folder but an empty one is left."""
+    """A real process, and no folder is left."""
     recipe = tmp_path / "recipe.yaml"
     many = {"optimizer": {"micro_batch_tokens": 10**10}, "rollout": {"group": 10**8}}
     recipe.write_text(json.dumps(raw_recipe(world, **many)))
@@ -230,7 +230,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(world: Path,
     assert "kdrl: the run does not fit: about" in done.stderr
     assert re.search(r"lower optimizer\.micro_batch_tokens to [\d,]+", done.stderr)
     assert "--force" in done.stderr
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
 
 
 def test_force_starts_it_all_the_same_and_a_resumed_run_is_asked_again(

@@ -24,6 +24,8 @@ from kdrl.models import (
     save_final,
 )
 from kdrl.models.heads import causal_lm, check_head
+from kdrl.models.loading import load_tokenizer
+from kdrl.models.sources import check_named, hub_answers
 
 NEW = NewModel(architecture="qwen3", hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=48)
 CHARS = NewTokenizer(characters="0123456789+-=;# \n")
@@ -310,6 +312,49 @@ def test_missing_and_wrong_folders_are_sentences(tmp_path, folder, broken, monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="somebody/no-such-model"):
         load("somebody/no-such-model")
+
+
+@pytest.fixture
+def silent_hub(monkeypatch):
+    """A hub that never answers; what is asked of it all the same is written down."""
+    asked = []
+
+    def session():
+        asked.append("hub")
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", session)
+    hub_answers.cache_clear()
+    yield asked
+    hub_answers.cache_clear()
+
+
+def test_a_mistyped_path_never_goes_to_the_hub(tmp_path, monkeypatch, silent_hub):
+    (tmp_path / "models" / "tiny-student").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for named in ("/abs/typo", "./typo", "../typo", "~/no/such/typo", "a/b/c", "models/typo"):
+        with pytest.raises(UserError, match=f"student.model '{named}': there is no such folder"):
+            check_named(named, "student.model")
+        with pytest.raises(UserError, match="there is no such folder"):
+            load(named)
+        with pytest.raises(UserError, match="there is no such folder"):
+            load_tokenizer(ModelConfig(model="models/tiny-student", tokenizer=named))
+    with pytest.raises(UserError, match=r"did you mean 'models/tiny-student'\? If it is a hub id"):
+        check_named("models/tiny-studnet")
+    for named in ("models/tiny-student", "./models/tiny-student", "Qwen/Qwen3-8B", "gpt2"):
+        check_named(named)
+    assert silent_hub == []
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_said(silent_hub):
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"'somebody/typo': there is no local folder of that name.*cannot be reached"
+        ):
+            load("somebody/typo")
+        with pytest.raises(UserError, match=r"tokenizer 'somebody/typo': there is no local folder of that name"):
+            load_tokenizer(ModelConfig(model="somebody/other", tokenizer="somebody/typo"))
+    assert silent_hub == ["hub"]
 
 
 def test_corrupt_and_incomplete_weights_are_sentences(broken):

@@ -15,6 +15,8 @@ from kdrl.models import ModelConfig, NewModel, NewTokenizer, load_model
 from kdrl.objectives.terms import TERMS
 from kdrl.pairing import check_lengths, check_pairing
 from kdrl.recipe import Recipe, describe_fields, load_recipe, plain
+from kdrl.teachers.combined import CombinedConfig
+from kdrl.teachers.config import TeacherConfig
 from kdrl.yamls import load_yaml
 
 
@@ -246,6 +248,35 @@ def test_every_setting_of_a_term_is_documented():
             assert field.description, f"{name}.{key}"
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"teacher": {"rout": {"by": "a", "to": {"b": "c"}}}}, "teacher.rout is no recipe key; did you mean 'route'?"),
+        ({"teacher": {"averge": {}, "model": "x"}}, "teacher.averge is no recipe key; did you mean 'average'?"),
+        ({"teachers": {"A": {"bests": {}}}}, "teachers.A: bests is no recipe key; did you mean 'best'?"),
+        ({"teachers": {"A": {"modle": "x"}}}, "teachers.A: modle is no recipe key; did you mean 'model'?"),
+        ({"teacher": {"route": {"bye": "a", "to": {"b": "c"}}}}, "teacher: route.bye is no recipe key; did you mean"),
+        (
+            {"student": {"model": {"architecture": "qwen3", "hiden_size": 3, "layers": 2, "heads": 2}}},
+            "student.model.hiden_size is no recipe key; did you mean 'hidden_size'?",
+        ),
+    ],
+    ids=str,
+)
+def test_a_mistyped_key_has_the_nearest_one_of_any_kind_of_its_section(world: Path, change: dict[str, Any], words: str):
+    raw = raw_recipe(world, "kdrl")
+    raw.pop("teacher", None)
+    with pytest.raises(UserError) as refused:
+        load_recipe(raw | change)
+    first, *lines = str(refused.value).splitlines()[1:]
+    assert words in first, "before what is missing for its sake"
+    assert "valid string" not in "".join([first, *lines])
+
+
+def test_the_other_kind_of_a_teacher_has_those_keys():
+    assert set(TeacherConfig.others) == set(CombinedConfig.model_fields)
+
+
 # ---- pairings of the recipe (kdrl/checks.py)
 
 
@@ -363,7 +394,7 @@ def test_a_context_too_short_is_refused(world: Path, tmp_path: Path):
     raw = raw_recipe(world, "kdrl", rollout={"max_new_tokens": 123}, **with_teacher(world))
     with pytest.raises(UserError, match=r"reads at most 128 tokens, but a prompt of 8 .*of 123 make 131; lower"):
         run(raw, tmp_path / "run")
-    assert not any((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_privileged_prompt_counts_for_the_context(world: Path, tmp_path: Path):

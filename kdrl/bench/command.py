@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from kdrl.errors import UserError
+from kdrl.yamls import read_recipe
 
 HELP = """Measure a recipe on this machine: a few steps in a folder that is thrown away.
 
@@ -44,6 +45,7 @@ def bench_command(
         raise UserError(f"--json {json_file}: there is no folder {json_file.parent}.")
     if "=" in str(recipe) and not recipe.exists():
         raise UserError(f"{str(recipe)!r} looks like an override; the recipe file comes first.")
+    read_recipe(recipe)  # before imports that take seconds
     from kdrl.bench.machine import write_results
     from kdrl.bench.recipe import measure_recipe, phase_table, sentences
     from kdrl.recipe import load_recipe

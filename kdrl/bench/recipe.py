@@ -15,12 +15,14 @@ from kdrl.bench.turns import summary
 from kdrl.memory import MemoryPlan
 from kdrl.planning import memory_plan
 from kdrl.recipe import Recipe
+from kdrl.teachers.checks import check_named_models
 
 PHASES = ("rollout", "verify", "teacher", "update")
 
 
 def measure_recipe(recipe: Recipe, steps: int) -> dict[str, Any]:
     """Run a few steps and sum them up as plain JSON; raises UserError for what training refuses."""
+    check_named_models(recipe)
     plan = memory_plan(recipe)
     found = run_steps(recipe, steps)
     return {

@@ -33,7 +33,7 @@ from kdrl.models.prompts import apply_template_option
 from kdrl.models.quantise import kept_weights, quantise
 from kdrl.models.quick import quicken
 from kdrl.models.scratch import character_tokenizer, new_model_config
-from kdrl.models.sources import Origin, explain, find_origin, gguf_options
+from kdrl.models.sources import Origin, check_named, explain, find_origin, gguf_options, hub_options
 from kdrl.seeds import derive
 
 
@@ -122,9 +122,14 @@ def _load_tokenizer(config: TeacherModelConfig, origin: Origin | None) -> PreTra
         tokenizer = character_tokenizer(config.tokenizer)
     else:
         named = config.tokenizer
-        name, options = (named, {}) if named is not None or origin is None else (origin.name, origin.options)
-        if named is not None and Path(named).expanduser().exists():
-            name = str(Path(named).expanduser())
+        if named is None:
+            assert origin is not None
+            name, options = origin.name, origin.options
+        elif (path := Path(named).expanduser()).exists():
+            name, options = str(path), {}
+        else:
+            check_named(named, "tokenizer")
+            name, options = named, hub_options()
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
         except Exception as error:  # OSError, ValueError, KeyError, and the Rust reader's bare Exception
@@ -270,6 +275,15 @@ def _prepare(model: PreTrainedModel, config: TeacherModelConfig, trainable: bool
     return ready.train(trainable)
 
 
+@contextlib.contextmanager
+def tied_head() -> Iterator[None]:
+    """No advice of peft's on a tied head that has adapters, while they are put on."""
+    with warnings.catch_warnings():
+        # It warns that merging would change the embedding too; saving unties the head first (`save_final`).
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        yield
+
+
 def _with_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> Any:
     import peft
 
@@ -282,9 +296,7 @@ def _with_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> Any:
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # Of a tied head peft says that merging would change the embedding; saving unties it first.
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+    with torch.random.fork_rng(devices=[]), tied_head():
         torch.manual_seed(derive(seed, "lora"))
         try:
             wrapped = peft.get_peft_model(model, options)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,44 @@ def find_origin(config: TeacherModelConfig) -> Origin:
         return Origin(str(path), named, options, gguf=config.gguf_file is not None)
     if path.exists():
         raise UserError(f"model {named!r} is a file; give the folder that holds config.json, or a .gguf file.")
-    if named.startswith((".", "/", "~")) or named.count("/") > 1:
-        raise UserError(f"model {named!r}: there is no such folder.")
-    return Origin(named, named, options, gguf=config.gguf_file is not None)
+    check_named(named)
+    return Origin(named, named, options | hub_options(), gguf=config.gguf_file is not None)
+
+
+def check_named(named: str, what: str = "model") -> None:
+    """Raise UserError for what can only be a path and is not there; a hub id is not looked up."""
+    path = Path(named).expanduser()
+    plainly = named.startswith((".", "/", "~")) or named.count("/") > 1
+    if path.exists() or not (plainly or ("/" in named and path.parent.is_dir())):
+        return
+    where = ""
+    if path.parent.is_dir():
+        close = difflib.get_close_matches(path.name, [each.name for each in path.parent.iterdir()], n=1)
+        near = f"; did you mean {str(path.parent / close[0])!r}?" if close else "."
+        where = f" The folder {str(path.parent)!r} holds no {path.name!r}{near}"
+    hub = "" if plainly else " If it is a hub id, start the command from a folder that holds no such name."
+    raise UserError(f"{what} {named!r}: there is no such folder.{where}{hub}")
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the hub says anything at all, within five seconds; asked once."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # requests' or httpx' own, or of a hub that is switched off
+        return False
+    return True
+
+
+def hub_options() -> dict[str, Any]:
+    """What transformers is told of hub ids: to look into its cache alone where the hub does not answer.
+
+    Left to itself it asks for half a minute. One request a process.
+    """
+    return {} if hub_answers() else {"local_files_only": True}
 
 
 def _check_folder(path: Path, named: str, gguf_file: str | None) -> None:
@@ -98,6 +135,11 @@ def explain(error: Exception, label: str, what: str) -> str:
     if "gated" in text or "401" in text:
         return f"{what} {label!r} is gated or private on the hub; log in with `hf auth login`, or give a local folder."
     if not local and ("connect" in text or "not a local folder" in text or "offline" in text or "cached" in text):
+        if not hub_answers():
+            return (
+                f"{what} {label!r}: there is no local folder of that name, the hub's cache holds no such id, and the "
+                "hub cannot be reached. Correct the path, or give a folder."
+            )
         return f"{what} {label!r} is no local folder, and no hub id that is cached or can be reached ({first})."
     if what == "tokenizer" and local:
         return (

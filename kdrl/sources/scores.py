@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from kdrl.batch import Response, Rollouts
-from kdrl.models import LoadedModel, head_of
-from kdrl.models.packing import micro_batches, wanted_states
 from kdrl.objectives.head import TokenScores, score_tokens
 from kdrl.registry import Registry
+
+if TYPE_CHECKING:
+    from kdrl.models import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ def forward_scores(
     model: LoadedModel, responses: Sequence[Response], temperature: float, budget: int, *, entropy: bool = False
 ) -> TokenScores:
     """Log-probs (and entropies) of all response tokens, flat `[N]`, in float32, `budget` tokens at a time."""
+    # Here, because a recipe reads the names of these scores and needs no transformers for it.
+    from kdrl.models import head_of
+    from kdrl.models.packing import micro_batches, wanted_states
+
     rollouts = Rollouts.of(responses, model.device)
     every_N = torch.ones_like(rollouts.trained_N)
     logp_N = torch.zeros(rollouts.tokens, device=model.device)

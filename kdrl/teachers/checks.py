@@ -8,6 +8,7 @@ from typing import Any
 
 from kdrl.errors import UserError, nearest
 from kdrl.models.config import TeacherModelConfig
+from kdrl.models.sources import check_named
 from kdrl.objectives.base import Term
 from kdrl.objectives.objective import Objective
 from kdrl.objectives.terms import Distill, VocabTerm
@@ -85,6 +86,23 @@ def section_of(recipe: Recipe, name: str) -> TeacherConfig:
     section = recipe.teachers.get(name, recipe.teacher)
     assert isinstance(section, TeacherConfig)
     return section
+
+
+def check_named_models(recipe: Recipe) -> None:
+    """Raise UserError for a model or tokenizer whose path is not there, before anything else takes its time.
+
+    Of a teacher that is elsewhere the name may be that of another machine.
+    """
+    sections: dict[str, Any] = {"student": recipe.student, "teacher": recipe.teacher}
+    sections |= {place_of(name): section for name, section in recipe.teachers.items()}
+    for where, section in sections.items():
+        away = isinstance(section, TeacherConfig) and (section.served is not None or section.reads_cache)
+        if not isinstance(section, TeacherModelConfig) or away:
+            continue
+        for key in ("model", "tokenizer"):
+            named = getattr(section, key)
+            if isinstance(named, str) and not named.endswith(".gguf"):
+                check_named(named, f"{where}.{key}")
 
 
 def asked_models(recipe: Recipe, objective: Objective) -> list[str]:

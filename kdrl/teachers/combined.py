@@ -91,7 +91,7 @@ class CombinedConfig(Config):
         return BestTeacher(name, chosen, self.best)
 
 
-WAYS = tuple(CombinedConfig.model_fields)
+WAYS = TeacherConfig.others
 
 
 def is_combined(raw: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator, model_serializer, model_validator
 
@@ -82,6 +82,8 @@ PrepareField = Annotated[Prepare, PlainValidator(read_prepare), PlainSerializer(
 
 class TeacherConfig(TeacherModelConfig):
     """The model that scores or writes."""
+
+    others: ClassVar[tuple[str, ...]] = ("route", "average", "best")
 
     prepare: PrepareField | None = None
     """What is learned around the frozen teacher before each step, as in {soft_prompt: {tokens: 7, lr: 5.0e-5}}."""

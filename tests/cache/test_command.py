@@ -166,7 +166,7 @@ def test_a_run_that_meets_other_responses_says_how_to_add_them(
     says = "does not hold {} responses of {}.*kdrl cache-teacher RECIPE --output .*--k 8"
     with pytest.raises(UserError, match=says.format("10 of 12", "the first 3 steps")):
         run(raw, tmp_path / "run")
-    assert not any((tmp_path / "run").iterdir()), "found before the first step"
+    assert not (tmp_path / "run").exists(), "found before the first step"
     # Later ones than are looked up are found when they come.
     fill(raw, tmp_path / "cache", problems=4)
     monkeypatch.setattr(cache_ahead, "AHEAD", 4)

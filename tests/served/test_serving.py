@@ -110,7 +110,7 @@ def test_a_dry_run_too_needs_a_model_that_is_there(
         status, out, err = kdrl(path, "--dry-run")
         assert (status, out) == (2, "")
         assert path in err
-    assert kdrl("Qwen/Qwen3-8B", "--dry-run")[0] == 0
+    assert kdrl("Qwen/Qwen3-8B", "--dry-run", "--max-length", "4096")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,8 @@ def test_a_dry_run_too_needs_a_model_that_is_there(
         (["--port", "99999"], "--port"),
         (["--gpu-memory", "5"], "--gpu-memory"),
         (["--max-length", "0"], "--max-length"),
+        (["--max-length", "100000"], "reads: 128 tokens, of which the server must write one; give --max-length 127 or"),
+        (["--max-length", "128"], "--max-length 128 is beyond"),
         (["--dtype", "fp32"], "--dtype fp32 is not known; it is one of auto, float32, bfloat16, float16"),
         (["--", "--port=9"], "--port=9 after -- is said before it: --port"),
         (["--", "--max_logprobs", "9"], "--max_logprobs after -- is said before it: --top-k"),
