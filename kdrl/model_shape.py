@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from kdrl.errors import UserError
 from kdrl.models.config import LoraConfig
+from kdrl.models.loading import tied_head
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def adapter_parameters(config: PretrainedConfig, lora: LoraConfig) -> int:
 
     options = peft.LoraConfig(r=lora.rank, target_modules=lora.target_modules, task_type="CAUSAL_LM")
     try:
-        model = peft.get_peft_model(_on_meta(config), options, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+        with tied_head():
+            model = peft.get_peft_model(_on_meta(config), options, low_cpu_mem_usage=True)  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(f"student.lora.target_modules {lora.target_modules!r} fits no module: {error}") from None
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
