@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,11 @@ class RoomyLayer(DynamicLayer):
         self._buffers = [self._with_room(past[:, :, first:], length + 1) for past in self.past]
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
+    def take(self, others: Sequence[RoomyLayer]) -> None:
+        """Add the rows of other layers of the same length."""
+        pasts = [self.past, *(other.past for other in others)]
+        self.keys, self.values = self._buffers = [torch.cat(each) for each in zip(*pasts, strict=True)]
+
     def put(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Let the last columns of `rows` hold keys and values [n, heads, columns, width] of another text."""
         for past, fresh in zip(self.past, (keys, values), strict=True):
@@ -98,6 +104,18 @@ def new_cache(config: PretrainedConfig, limit: int, roomy: bool = True) -> Dynam
     if roomy:
         cache.layers = [RoomyLayer(limit) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def joinable(cache: DynamicCache) -> bool:
+    """Whether rows of several such caches can be put into one."""
+    return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
+
+
+def joined(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """The rows of all caches, which are joinable and of equal lengths, in the first of them."""
+    for layer, *others in zip(*(cache.layers for cache in caches), strict=True) if len(caches) > 1 else ():
+        layer.take(others)  # type: ignore[attr-defined]
+    return caches[0]
 
 
 def select_rows(cache: DynamicCache, rows: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kdrl.engines.attention import fast_attention
-from kdrl.engines.cache import Encoded, RoomyLayer, new_cache, select_rows
+from kdrl.engines.cache import Encoded, RoomyLayer, joinable, joined, new_cache, select_rows
 from kdrl.engines.fused import FusedStep, fusable
 from kdrl.engines.shared import SharedPrompts
 from kdrl.engines.static import StaticStep
@@ -20,6 +20,8 @@ from kdrl.models.loading import LoadedModel
 
 # Bringing the rows of a prompt together costs about what it saves at this many tokens.
 _SHARED = 48
+# Prompts go through in passes of about so many tokens: their activations are bounded, whatever the number of rows.
+_PREFILL, _PREFILL_GPU = 1 << 13, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -187,16 +189,21 @@ class Rows:
     def _encode(self, prompts: list[tuple[int, ...]]) -> tuple[DynamicCache, Tensor, Tensor | None]:
         """A cache of these prompts, padded on the left, the hidden states of their ends, and where each starts."""
         width = max(map(len, prompts))
-        cache = self._new_cache()
-        if all(len(prompt) == width for prompt in prompts):
+        start_P1 = torch.tensor([[width - len(prompt)] for prompt in prompts], device=self.device)
+        padded = any(len(prompt) < width for prompt in prompts)
+        most = _PREFILL if self.device.type == "cpu" else _PREFILL_GPU
+        each = max(1, most // width) if joinable(self._new_cache()) else len(prompts)
+        caches, hidden = [], []
+        for n in range(0, len(prompts), each):
+            some = prompts[n : n + each]
+            ids = torch.tensor([[self._pad] * (width - len(p)) + list(p) for p in some], device=self.device)
             positions = torch.arange(width, device=self.device)[None]
-            hidden_PLD = self._forward(torch.tensor(prompts, device=self.device), None, positions, cache)
-            return cache, hidden_PLD[:, -1], None
-        ids = torch.tensor([[self._pad] * (width - len(p)) + list(p) for p in prompts], device=self.device)
-        start_P1 = torch.tensor([[width - len(p)] for p in prompts], device=self.device)
-        positions = torch.arange(width, device=self.device) - start_P1
-        hidden_PLD = self._forward(ids, (positions >= 0).long(), positions.clamp(min=0), cache)
-        return cache, hidden_PLD[:, -1], start_P1
+            if padded:
+                positions = positions - start_P1[n : n + each]
+            mask = (positions >= 0).long() if padded else None
+            caches.append(self._new_cache())
+            hidden.append(self._forward(ids, mask, positions.clamp(min=0), caches[-1])[:, -1])
+        return joined(caches), torch.cat(hidden), start_P1 if padded else None
 
     @property
     def _shares(self) -> bool:

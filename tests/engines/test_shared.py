@@ -99,3 +99,28 @@ def test_rows_in_any_order_and_number_attend_to_their_own_prompt(order):
             hidden = causal_lm(loaded.model).model(input_ids=ids).last_hidden_state[:, -1]
             mine = found[1][(1, 2, 5).index(row)][None]
             torch.testing.assert_close(mine, hidden, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "gemma3_text"])
+def test_prompts_that_go_through_in_parts_give_the_same_samples(architecture, monkeypatch):
+    loaded = toy(architecture, **({"sliding_window": 64} if architecture == "gemma3_text" else {}))
+    widths = []
+    forward = decoding.Rows._forward
+
+    def counting(self, ids_BL, *rest):
+        widths.append(ids_BL.numel() if ids_BL.shape[1] > 1 else 0)
+        return forward(self, ids_BL, *rest)
+
+    monkeypatch.setattr(decoding.Rows, "_forward", counting)
+    found = []
+    for bound in (decoding._PREFILL, 20):
+        monkeypatch.setattr(decoding, "_PREFILL", bound)
+        engine = TorchEngine(loaded, 64)
+        widths.clear()
+        texts = [encode_prompt(loaded, prompt) for prompt in PROMPTS]
+        found.append(engine.generate(texts, samples=3, max_new_tokens=8, seed=1))
+        assert max(widths) == (70 if bound > 20 or architecture == "gemma3_text" else 14)
+    for mine, theirs in zip(*found, strict=True):
+        assert [s.token_ids for s in mine] == [s.token_ids for s in theirs]
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=1e-5, rtol=1e-5)
