@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kdrl.batch import Rollouts
 from kdrl.limits import tokens_of
+from kdrl.objectives.base import Term
 from kdrl.objectives.objective import Active
 from kdrl.objectives.schedules import Moment
 from kdrl.teachers import Evidence, Teacher
@@ -37,6 +38,11 @@ class Question:
         return self.need == other.need and torch.equal(self.wanted_N, other.wanted_N)
 
 
+def _asked_by(terms: Sequence[Term[Any]]) -> set[Who]:
+    teachers: set[Who] = {name for t in terms if (name := teacher_of(t))}
+    return teachers | ({None} if any(t.needs.reference for t in terms) else set())
+
+
 Answers = Mapping[Who, tuple[Question, Evidence]]
 
 
@@ -52,15 +58,13 @@ class Asking:
         """Answers that need no verdicts: of those who are asked by no term that reads some, and who read none."""
         objective = self.parts.objective
         terms = [t for t, weight in zip(objective.terms, objective.weights(moment), strict=True) if weight != 0.0]
-        late: set[Who] = {teacher_of(t) for t in terms if t.asks_by_verdict} | self.beside.late
-        late |= {None} if any(t.asks_by_verdict and t.needs.reference for t in terms) else set()
-        asked: set[Who] = {name for t in terms if (name := teacher_of(t))}
-        asked |= {None} if any(t.needs.reference for t in terms) else set()
-        if not asked - late:
+        late = _asked_by([t for t in terms if t.asks_by_verdict]) | self.beside.late
+        now = _asked_by(terms) - late
+        if not now:
             return {}
         active = objective.activate(rollouts, moment, entropy_N, logq_N, judged=False)
         questions = self._questions(self.beside.narrowed(active, rollouts), rollouts)
-        return {who: (q, self._put(who, q, rollouts)) for who, q in questions.items() if who in asked - late}
+        return {who: (q, self._put(who, q, rollouts)) for who, q in questions.items() if who in now}
 
     def ask(
         self, rollouts: Rollouts, active: Sequence[Active], known: Answers
