@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kdrl.build import Builder, resolve_device
 from kdrl.environment import write_environment
 from kdrl.errors import UserError
@@ -22,6 +20,7 @@ from kdrl.memory import settle_heap
 from kdrl.models import save_final
 from kdrl.planning import memory_plan
 from kdrl.recipe import Recipe, load_recipe
+from kdrl.repeatable import repeatable
 from kdrl.teachers.checks import check_named_models
 from kdrl.trainer import InterruptedRunError, Trainer
 from kdrl.watch import Watch
@@ -113,9 +112,8 @@ def _claimed(run_dir: Path) -> Iterator[None]:
 
 
 def _run(recipe: Recipe, run_dir: Path, say: Say, *, resume: bool, force: bool) -> RunResult:
-    torch.use_deterministic_algorithms(True, warn_only=True)
     check_named_models(recipe)
-    with ExitStack() as stack, _stopped_at_once(run_dir), told():
+    with ExitStack() as stack, _stopped_at_once(run_dir), told(), repeatable():
         if not resume:
             say(explain_objective(recipe))
         _check_memory(recipe, say, force)

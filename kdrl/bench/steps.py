@@ -18,6 +18,7 @@ from kdrl.bench.machine import peak_bytes, reset_peak
 from kdrl.build import Builder
 from kdrl.models import LoadedModel
 from kdrl.recipe import Recipe
+from kdrl.repeatable import repeatable
 from kdrl.teachers import TeacherConfig
 from kdrl.trainer import InterruptedRunError, Trainer
 from kdrl.update import Scored, Tally, Updater
@@ -78,31 +79,26 @@ def run_steps(recipe: Recipe, count: int, *, warm: int = 1, prepare: Callable[[B
     """
     recipe = undisturbed(recipe, warm + count)
     found, flops = Steps(), list[float]()
-    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # as a run does
-    try:
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            builder = Builder(recipe, folder, stack)
-            if prepare is not None:
-                prepare(builder)
-            parts = builder.parts()
-            stack.callback(parts.checkpoints.close)
-            parts.checkpoints.claim()
-            found.device = builder.device
-            found.counted_flops = _count_flops(parts.updater, parts.student, flops)
-            watch = _Marks(folder, recipe.log, recipe.steps, console=Console(quiet=True))
-            stack.enter_context(watch)
-            reset_peak(builder.device)
-            watch.begin(found, warm, count, flops)
-            try:
-                Trainer(parts).run(watch)
-            except _EnoughError:
-                found.peak_bytes = peak_bytes(builder.device)
-            except InterruptedRunError:
-                raise InterruptedRunError("stopped; a measurement leaves nothing to go on with.") from None
-    finally:
-        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+    with ExitStack() as stack, repeatable():  # as a run has it
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        builder = Builder(recipe, folder, stack)
+        if prepare is not None:
+            prepare(builder)
+        parts = builder.parts()
+        stack.callback(parts.checkpoints.close)
+        parts.checkpoints.claim()
+        found.device = builder.device
+        found.counted_flops = _count_flops(parts.updater, parts.student, flops)
+        watch = _Marks(folder, recipe.log, recipe.steps, console=Console(quiet=True))
+        stack.enter_context(watch)
+        reset_peak(builder.device)
+        watch.begin(found, warm, count, flops)
+        try:
+            Trainer(parts).run(watch)
+        except _EnoughError:
+            found.peak_bytes = peak_bytes(builder.device)
+        except InterruptedRunError:
+            raise InterruptedRunError("stopped; a measurement leaves nothing to go on with.") from None
     return found
 
 
