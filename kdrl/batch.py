@@ -69,8 +69,10 @@ class Rollouts:
 
     @classmethod
     def of(cls, responses: Sequence[Response], device: torch.device | str = "cpu") -> Rollouts:
-        """Flatten responses (each of at least one token) in their order."""
+        """Flatten responses in their order; raises ValueError for one without a token."""
         lengths = [len(r.token_ids) for r in responses]
+        if 0 in lengths:
+            raise ValueError(f"response {lengths.index(0)} of {len(lengths)} has no token, so nothing could be scored")
         offsets = [0]
         for length in lengths:
             offsets.append(offsets[-1] + length)

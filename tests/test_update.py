@@ -70,6 +70,13 @@ def with_settings(entry: dict[str, Any], **settings: Any) -> list[dict[str, Any]
     return [{name: {**given, **settings}}]
 
 
+def test_a_response_without_a_token_is_refused():
+    """It would mark the last token of the one before as an end."""
+    responses = [replace(made_responses()[0], ended=False), replace(made_responses()[0], token_ids=[])]
+    with pytest.raises(ValueError, match="response 1 of 2 has no token"):
+        Rollouts.of(responses)
+
+
 @pytest.mark.parametrize("turn", range(len(REDUCES)))
 @pytest.mark.parametrize("name", TERMS)
 def test_splitting_padding_order_and_chunks_leave_the_gradient(
