@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kdrl.batch import Rollouts
-from kdrl.limits import tokens_of
 from kdrl.objectives.base import Term
 from kdrl.objectives.objective import Active
 from kdrl.objectives.schedules import Moment
@@ -100,5 +99,5 @@ class Asking:
     def _put(self, who: Who, question: Question, rollouts: Rollouts) -> Evidence:
         teacher, temperature = self._of(who), self.parts.recipe.rollout.temperature
         return self.parts.limits.tokens.run(
-            lambda: teacher.score(rollouts, question.wanted_N, question.need, temperature), tokens_of(rollouts)
+            lambda: teacher.score(rollouts, question.wanted_N, question.need, temperature)
         )

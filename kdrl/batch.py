@@ -8,7 +8,9 @@ last wanted token is left out of both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
@@ -151,9 +153,37 @@ class MicroBatch:
     longest: int
     segments: tuple[Segment, ...] = ()
 
+    @property
+    def cost(self) -> int:
+        """Tokens as a budget counts them: with one less, `pack_rows` would have split it."""
+        parents = [(self.segments[s.parent].length, s.length) for s in self.segments if s.parent is not None]
+        return self.input_ids_BL.numel() + int(_COPY * sum(map(sum, parents)))
+
 
 # Keys and values are copied, those of a shared prompt for each response: this part of what a token costs in a layer.
 _COPY = 1 / 8
+
+
+@dataclass
+class LaidOut:
+    """The micro-batch that was laid out last: tokens as a budget counts them, and responses."""
+
+    tokens: int = 0
+    rows: int = 0
+
+
+_LAST: ContextVar[LaidOut | None] = ContextVar("_LAST", default=None)
+
+
+@contextmanager
+def last_layout() -> Iterator[LaidOut]:
+    """Know, while inside, which micro-batch is at work, whoever made it of whatever texts."""
+    found = LaidOut()
+    before = _LAST.set(found)
+    try:
+        yield found
+    finally:
+        _LAST.reset(before)
 
 
 def read_lengths(rollouts: Rollouts, wanted_N: Tensor) -> list[int | None]:
@@ -270,7 +300,10 @@ def lay_out(
     end_B, own_B = torch.tensor(form.prompt_end), torch.tensor(form.own_start)
     place_M = torch.where(offset_M == 0, end_B[row_M], own_B[row_M] + offset_M - 1)
     ids_BL, mask_BL, index_M, place_M, row_M = (x.to(device) for x in (ids_BL, mask_BL, index_M, place_M, row_M))
-    return MicroBatch(tuple(rows), ids_BL, mask_BL, index_M, place_M, row_M, longest, tuple(form.segments))
+    micro = MicroBatch(tuple(rows), ids_BL, mask_BL, index_M, place_M, row_M, longest, tuple(form.segments))
+    if (last := _LAST.get()) is not None:
+        last.tokens, last.rows = micro.cost, len(rows)
+    return micro
 
 
 def _padded(texts: Sequence[tuple[list[int], list[int]]], longest: int, pad_id: int) -> _Form:

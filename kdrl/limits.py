@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kdrl.batch import Rollouts
+from kdrl.batch import Rollouts, last_layout
 from kdrl.engines import Sample, TorchEngine
 from kdrl.engines.joint import JointEngine, JointSample, Rule
 from kdrl.errors import RunError
@@ -53,17 +53,21 @@ class Limit:
         for follower in self._followers:
             setattr(follower, self.attribute, value)
 
-    def run(self, work: Callable[[], T], used: int, undo: Callable[[], None] = lambda: None) -> T:
-        """`work()`; out of memory, half of what it used at once (`used` at most) and, after `undo`, once more.
+    def run(self, work: Callable[[], T], used: int | None = None, undo: Callable[[], None] = lambda: None) -> T:
+        """`work()`; out of memory, half of what it used at once and, after `undo`, once more.
 
-        Raises RunError when that is not enough, or was done before.
+        That is `used` at most, or by default the tokens of the micro-batch that did not fit, so that it is split.
+        Raises RunError when half is not enough, was done before, or splits nothing: one response, or one token.
         """
-        try:
-            return work()
-        except torch.OutOfMemoryError as error:
-            half = min(self.value, used) // 2
-            if self.halved or half < 1:
-                raise RunError(self._again(error)) from error
+        with last_layout() as last:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                if used is None:
+                    used = last.tokens if last.rows > 1 else 0
+                half = min(self.value, used) // 2
+                if self.halved or half < 1:
+                    raise RunError(self._again(error)) from error
         # Here and not above: a handler keeps the failed work's tensors alive.
         undo()
         _free()
@@ -128,12 +132,6 @@ def told() -> Iterator[None]:
         ) from error
 
 
-def tokens_of(rollouts: Rollouts, rows: Sequence[int] | None = None) -> int:
-    """Tokens of prompts and responses together: more than this is never passed at once."""
-    chosen = rollouts.responses if rows is None else [rollouts.responses[row] for row in rows]
-    return sum(len(r.privileged_ids or r.prompt_ids) + len(r.token_ids) for r in chosen)
-
-
 class SparingUpdater(Updater):
     """An updater that halves its micro-batches once where memory runs out, and sums the gradient from the start."""
 
@@ -149,12 +147,12 @@ class SparingUpdater(Updater):
     ) -> tuple[Tensor, Tensor]:
         """As `Updater.score_policy`."""
         plain = super().score_policy
-        return self._limit.run(lambda: plain(rollouts, temperature, rows), tokens_of(rollouts, rows))
+        return self._limit.run(lambda: plain(rollouts, temperature, rows))
 
     def probe(self, scored: Scored, keep_N: Tensor, comparison: Any) -> Tensor:
         """As `Updater.probe`."""
         plain = super().probe
-        return self._limit.run(lambda: plain(scored, keep_N, comparison), tokens_of(scored.rollouts))
+        return self._limit.run(lambda: plain(scored, keep_N, comparison))
 
     def accumulate(self, scored: Scored, rows: Sequence[int], tally: Tally | None = None) -> float:
         """As `Updater.accumulate`; gradients must be clear before it."""
@@ -165,7 +163,7 @@ class SparingUpdater(Updater):
             if tally is not None:
                 vars(tally).update(vars(before))
 
-        return self._limit.run(lambda: plain(scored, rows, tally), tokens_of(scored.rollouts, rows), undo)
+        return self._limit.run(lambda: plain(scored, rows, tally), undo=undo)
 
 
 class SparingEngine(TorchEngine):
@@ -179,7 +177,8 @@ class SparingEngine(TorchEngine):
     def generate(self, prompts: Sequence[Sequence[int]], *, samples: int, **options: Any) -> list[list[Sample]]:
         """As `TorchEngine.generate`."""
         plain = super().generate
-        return self.limit.run(lambda: plain(prompts, samples=samples, **options), len(prompts) * samples)
+        drawn = samples if options.get("temperature", 1.0) > 0 else 1  # greedy samples of a prompt are one row
+        return self.limit.run(lambda: plain(prompts, samples=samples, **options), len(prompts) * drawn)
 
 
 class SparingJoint(JointEngine):
