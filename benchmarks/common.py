@@ -1,10 +1,13 @@
-"""What the benchmark scripts share: options, a time budget, models and prompts made from a seed, the result file."""
+"""What the benchmark scripts share: options, a budget, models and prompts made from a seed, memory, the result file."""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import random
+import shlex
 import sys
 import time
 import warnings
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from kdrl.bench.machine import machine, write_results
+from kdrl.bench.machine import machine, peak_bytes, reset_peak, write_results
 from kdrl.models import LoadedModel, ModelConfig, NewModel, NewTokenizer, load_model, save_final
 
 HERE = Path(__file__).parent
@@ -74,19 +77,38 @@ def repeats(options: argparse.Namespace, most: int = 5) -> int:
 
 
 def save(options: argparse.Namespace, cases: Sequence[dict[str, Any]], **more: Any) -> None:
-    """Write the result file; cases of other names that the same machine measured before stay."""
+    """Write the result file; cases of other names that the same machine measured before stay, with their threads."""
     about = machine()
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *given])
     stamp = {"commit": about.pop("commit"), "date": about.pop("date"), "command": command}
-    stamp["load_at_start"] = about["machine"].pop("load_at_start", None)
+    stamp |= {name: about["machine"].pop(name, None) for name in ("threads", "load_at_start")}
     fresh = {case["case"]: case | stamp for case in cases}
     kept: dict[str, Any] = {}
     if options.json.is_file():
         before = json.loads(options.json.read_text(encoding="utf-8"))
+        # Files of before have the threads beside the machine.
+        threads = before.get("machine", {}).pop("threads", None)
         if before.get("machine") == about["machine"]:
-            kept = {case["case"]: case for case in before.get("cases", [])}
+            kept = {case["case"]: {"threads": threads} | case for case in before.get("cases", [])}
     write_results(options.json, {**about, "seed": SEED, **more, "cases": list((kept | fresh).values())})
     print(f"written: {options.json}")
+
+
+def settle() -> int | None:
+    """Give free memory back, count the process's peak from now on, and say what is resident; None but on Linux."""
+    gc.collect()
+    if not sys.platform.startswith("linux"):
+        return None
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    reset_peak("cpu")
+    return peak_bytes("cpu")
+
+
+def mib(size: float) -> float:
+    """Bytes as mebibytes."""
+    return round(size / 2**20, 1)
 
 
 def characters(vocabulary: int) -> str:

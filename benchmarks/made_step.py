@@ -50,9 +50,9 @@ class MadeStep:
         kept = [int((row + 1) * share) > int(row * share) for row in range(rows)]
         return torch.tensor(kept)[self.rollouts.row_N]
 
-    def teacher(self, wanted_N: Tensor, need: Any) -> None:
-        """The teacher's phase."""
-        self.parts.teachers["teacher"].score(self.rollouts, wanted_N, need, 1.0)
+    def teacher(self, wanted_N: Tensor, need: Any) -> Any:
+        """The teacher's phase; what it found."""
+        return self.parts.teachers["teacher"].score(self.rollouts, wanted_N, need, 1.0)
 
     def update(self, wanted_N: Tensor | None = None) -> None:
         """Forward and backward of the student, on all tokens or those wanted; the gradient is dropped."""

@@ -4,7 +4,8 @@
 
 Full-vocabulary reverse KL of a 1M student to a 5M teacher, float32, on responses that the student wrote before. `kdrl`
 is its teacher's phase and update; `naive` pads all rows into one batch, keeps float32 logits of both models at every
-position, and masks at the end. Neither steps the optimizer. Vocabulary: 16 rows of 64 tokens; length: 2,048 response
+position, and masks at the end. Neither steps the optimizer. Peaks are bytes of tensors alive at once above both models,
+gradients included, from a run of each that is not timed. Vocabulary: 16 rows of 64 tokens; length: 2,048 response
 tokens in all; mask: the share of 64 responses that the loss is on. A naive case whose logits would take more than a
 third of the memory is left out. The head alone, with its memory, is in head.py; group sizes are in group.py. Writes
 benchmarks/results/scaling.json.
@@ -12,15 +13,17 @@ benchmarks/results/scaling.json.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import begin, chosen, parser, repeats, save, shares, sized, times
+from common import begin, chosen, mib, parser, repeats, save, shares, sized, times
 from made_step import MadeStep, Size, made_step, plain
 from torch import Tensor
 
 from kdrl.available import available_bytes
+from kdrl.bench.allocations import Allocations
 from kdrl.bench.turns import in_turns, ratios, summary
 from kdrl.models.quick import library_layers
 
@@ -80,8 +83,9 @@ def measure(step: MadeStep, case: Case, turns: int, budget_s: float) -> dict[str
     wanted_N = step.wanted_N(case.share)
 
     def kdrl() -> None:
-        step.teacher(wanted_N, "distribution")
+        evidence = step.teacher(wanted_N, "distribution")
         step.update(wanted_N)
+        del evidence  # a step keeps it until its update is done
 
     naive = Naive(step, wanted_N)
     sides = {"kdrl": kdrl, "naive": naive}
@@ -91,9 +95,20 @@ def measure(step: MadeStep, case: Case, turns: int, budget_s: float) -> dict[str
     seconds = in_turns(sides, turns, budget_s=budget_s)
     found: dict[str, Any] = {f"{name}_s": summary(each) for name, each in seconds.items()}
     found["kdrl_tokens_per_s"] = summary([step.rollouts.tokens / s for s in seconds["kdrl"]])
+    sizes = {name: peak_bytes(step, side) for name, side in sides.items()}
+    found["peak_mib"] = {name: mib(size) for name, size in sizes.items()}
     if "naive" in seconds:
         found["kdrl_over_naive"] = ratios(seconds["kdrl"], seconds["naive"])
+        found["peak_over_naive"] = round(sizes["kdrl"] / sizes["naive"], 4)
     return {"response_tokens": step.rollouts.tokens, "wanted_tokens": int(wanted_N.sum()), **found}
+
+
+def peak_bytes(step: MadeStep, side: Callable[[], object]) -> int:
+    """Of tensors alive at once above what was there before, gradients of weights included."""
+    step.parts.updater.clear()
+    with Allocations() as seen:
+        side()
+    return seen.peak
 
 
 def main() -> None:
@@ -112,7 +127,9 @@ def main() -> None:
         with made_step(recipe, case.size, case.vocabulary) as step:
             results.append({"case": name, **measure(step, case, repeats(options), budget_s)})
         found = results[-1]
-        over = f", {times(found['kdrl_over_naive'])} of the naive step's" if "naive_s" in found else ", naive left out"
+        over = ", naive left out"
+        if "naive_s" in found:
+            over = f", {times(found['kdrl_over_naive'])} of the naive step's; memory {found['peak_over_naive']:.3f}"
         print(f"{name}: {found['kdrl_s']['median']:.3f} s{over}", flush=True)
         save(options, results)
 

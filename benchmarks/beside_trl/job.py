@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from common import SEED, characters
+
+from kdrl.bench.turns import summary
 
 LEARNING_RATE = 1e-8
 WORDS = "add number seven to this small sum and then write what you think it is in one short line please"
@@ -68,13 +73,32 @@ class Job:
 
 @dataclass
 class Block:
-    """Seconds of the counted steps of one block, and the tokens that its steps wrote and had as prompts.
+    """Seconds of a block's counted steps, in all and by phase, and the tokens that they wrote and had as prompts.
 
-    `equal_rewards` is the share of groups that have no advantage, whose update kdrl's `grpo` leaves out.
+    `peak_bytes` is how far the process rose, while it trained, above what was resident before the block; None where the
+    system does not tell. `equal_rewards` is the share of groups that have no advantage, whose update kdrl's `grpo`
+    leaves out.
     """
 
     seconds: list[float]
     tokens: set[int]
     prompt_tokens: set[int]
-    phases: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, list[float]] = field(default_factory=dict)
+    peak_bytes: int | None = None
     equal_rewards: float = 0.0
+
+
+def by_phase(blocks: Sequence[Block], tokens: int, rest: str) -> dict[str, dict[str, Any]]:
+    """Seconds of each phase over all counted steps, and the step's written tokens a second of it.
+
+    `rest` is what is left of a step's time; a phase that takes next to none of it has no rate.
+    """
+    whole = [s for block in blocks for s in block.seconds]
+    seconds = {name: [s for block in blocks for s in block.phases[name]] for name in blocks[0].phases}
+    seconds[rest] = [max(0.0, s - sum(each)) for s, *each in zip(whole, *seconds.values(), strict=True)]
+    found: dict[str, dict[str, Any]] = {}
+    for name, values in seconds.items():
+        found[name] = {"seconds": summary(values)}
+        if statistics.median(values) > 1e-2 * statistics.median(whole):
+            found[name]["tokens_per_s"] = float(f"{tokens / statistics.median(values):.4g}")
+    return found

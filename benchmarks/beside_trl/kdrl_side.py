@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common import SEED
+from common import SEED, settle
 
 from beside_trl.job import LEARNING_RATE, Block, Job
 from kdrl.bench.steps import run_steps
@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def kdrl_block(folder: Path, job: Job, method: str, warm: int, steps: int) -> Block:
     """Steps of kdrl."""
-    prompts: list[int] = []
+    before, prompts = settle(), list[int]()
 
     def prepare(builder: Builder) -> None:
         builder.student.eos_ids = (-1,)  # no token ends a response
@@ -34,9 +34,10 @@ def kdrl_block(folder: Path, job: Job, method: str, warm: int, steps: int) -> Bl
 
     found = run_steps(load_recipe(_recipe(folder, job, method, warm + steps)), steps, warm=warm, prepare=prepare)
     names = ("rollout", "verify", "teacher", "update")
-    phases = {name: statistics.median(found.phase(name)) for name in names}
+    phases = {name: found.phase(name) for name in names}
+    peak = None if before is None or found.peak_bytes is None else found.peak_bytes - before
     flat = statistics.mean(row["zero_advantage_share"] for row in found.rows)
-    return Block(found.seconds, set(found.tokens), set(prompts), phases, flat)
+    return Block(found.seconds, set(found.tokens), set(prompts), phases, peak, flat)
 
 
 def _recipe(folder: Path, job: Job, method: str, steps: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import tempfile
 import time
@@ -13,16 +14,28 @@ from typing import Any
 
 import torch
 import transformers
-from common import SEED
+from common import SEED, settle
 
 from beside_trl.job import LEARNING_RATE, Block, Job
+from kdrl.bench.machine import peak_bytes, reset_peak
+
+# Methods of the trainers that write completions, and nothing else.
+_WRITING = ("_generate_single_turn", "generate_on_policy_outputs")
 
 
 @dataclass
 class Clock:
-    """Times of the ends of steps."""
+    """Times of the ends of steps, and the seconds of each that went into writing."""
 
     marks: list[float] = field(default_factory=list)
+    writing: list[float] = field(default_factory=list)
+    written: float = 0.0
+
+    def end(self) -> None:
+        """A step is over."""
+        self.marks.append(time.perf_counter())
+        self.writing.append(self.written)
+        self.written = 0.0
 
     def after(self, warm: int) -> list[float]:
         """Durations of all steps but the first `warm` (at least one: what comes before it is no step)."""
@@ -40,18 +53,40 @@ class Counts:
 
 def trl_block(folder: Path, job: Job, trainer: str, warm: int, steps: int) -> Block:
     """Steps of one of TRL's trainers."""
-    clock, counts = Clock(), Counts()
+    before, clock, counts = settle(), Clock(), Counts()
 
     class Marks(transformers.TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            reset_peak("cpu")  # as kdrl's side does when it has loaded its models
+
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            clock.marks.append(time.perf_counter())
+            clock.end()
 
     logging.getLogger("trl").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(dir=folder) as output:
         made = TRAINERS[trainer](folder, job, _common(job, output, warm + steps), Marks(), counts)
         made.remove_callback(transformers.PrinterCallback)
+        _time_writing(made, clock)
         made.train()
-    return Block(clock.after(warm), counts.tokens, counts.prompt_tokens)
+        after = peak_bytes("cpu")
+    peak = None if before is None or after is None else after - before
+    return Block(clock.after(warm), counts.tokens, counts.prompt_tokens, {"generation": clock.writing[warm:]}, peak)
+
+
+def _time_writing(trainer: Any, clock: Clock) -> None:
+    """From now on the trainer's own method that writes completions is timed; raises where it has none that is known."""
+    name = next((name for name in _WRITING if hasattr(trainer, name)), None)
+    if name is None:
+        raise AttributeError(f"{type(trainer).__name__} writes with none of {', '.join(_WRITING)}")
+    write = getattr(trainer, name)
+
+    def timed(*given: Any, **more: Any) -> Any:
+        start = time.perf_counter()
+        written = write(*given, **more)
+        clock.written += time.perf_counter() - start
+        return written
+
+    setattr(trainer, name, timed)
 
 
 def _common(job: Job, output: str, steps: int) -> dict[str, Any]:
@@ -141,9 +176,11 @@ def _distillation(folder: Path, job: Job, common: dict[str, Any], marks: Any, co
 
 
 def _gkd(folder: Path, job: Job, common: dict[str, Any], marks: Any, counts: Counts) -> Any:
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+    # With lmbda 1 every batch is written by the student; `counted` below sees it do so.
     args = GKDConfig(lmbda=1.0, beta=1.0, temperature=1.0, max_new_tokens=job.new_tokens, **common)
     data = Dataset.from_dict({"prompt": [text for text in job.texts() for _ in range(job.completions)]})
     shared, teacher = _shared(folder, marks), _model(folder / "teacher")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -34,6 +35,21 @@ def test_a_script_runs_and_writes_its_cases(arguments: list[str], tmp_path: Path
     assert {"machine", "versions", "seed"} <= set(content)
     for case in content["cases"]:
         assert {"case", "commit", "date", "command"} <= set(case)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+@pytest.mark.parametrize("trainer", ["GRPOTrainer", "DistillationTrainer", "GKDTrainer"])
+def test_both_sides_have_time_phases_and_memory(trainer: str, tmp_path: Path):
+    found = tmp_path / "found.json"
+    command = [sys.executable, FOLDER / "trl_compare.py", "--quick", "--threads", "1", "--json", found]
+    done = subprocess.run([*command, "--trainers", trainer], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for case in json.loads(found.read_text())["cases"]:
+        assert {"rollout", "update"} < set(case["kdrl_phases"])
+        assert {"generation", "rest"} == set(case["trl_phases"])
+        if sys.platform.startswith("linux"):
+            assert case["kdrl_peak_mib"]["min"] > 0 < case["trl_peak_mib"]["min"]
 
 
 @pytest.mark.slow
