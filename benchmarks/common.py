@@ -87,10 +87,8 @@ def save(options: argparse.Namespace, cases: Sequence[dict[str, Any]], **more: A
     kept: dict[str, Any] = {}
     if options.json.is_file():
         before = json.loads(options.json.read_text(encoding="utf-8"))
-        # Files of before have the threads beside the machine.
-        threads = before.get("machine", {}).pop("threads", None)
         if before.get("machine") == about["machine"]:
-            kept = {case["case"]: {"threads": threads} | case for case in before.get("cases", [])}
+            kept = {case["case"]: case for case in before.get("cases", [])}
     write_results(options.json, {**about, "seed": SEED, **more, "cases": list((kept | fresh).values())})
     print(f"written: {options.json}")
 
