@@ -155,7 +155,7 @@ class MicroBatch:
 
     @property
     def cost(self) -> int:
-        """Tokens as a budget counts them: with one less, `pack_rows` would have split it."""
+        """Tokens as a budget counts them; half of that as a budget splits it, unless it is one response."""
         parents = [(self.segments[s.parent].length, s.length) for s in self.segments if s.parent is not None]
         return self.input_ids_BL.numel() + int(_COPY * sum(map(sum, parents)))
 

@@ -246,7 +246,7 @@ def sparing(student: LoadedModel, budget: int = 16_384) -> SparingUpdater:
 TERMS: list[dict[str, Any]] = [{"policy_gradient": {}}, {"distill": {"teacher": "teacher"}}]
 
 
-@pytest.mark.parametrize("most", [180, 128, 112])
+@pytest.mark.parametrize("most", [170, 128, 112])
 def test_a_shared_prompt_far_below_the_budget_is_halved_for_good_and_changes_nothing(most: int) -> None:
     """The whole is one pass of 176 tokens, the prompt once and no last token, under a budget of 16,384."""
     student, teacher = toy(1, trainable=True), toy(2)
@@ -300,25 +300,20 @@ def test_one_response_cannot_be_halved() -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_half_of_what_a_pass_costs_splits_it(packed: bool) -> None:
-    """A budget below its cost does, whatever is shared and however long."""
+    """Whatever is shared and however long; twice of it does not."""
     for responses in (shared_prompt(), made_responses(), made_responses(1, groups=5, size=4), shared_prompt(3, 2, 1)):
         rollouts = Rollouts.of(responses)
         for count in range(2, rollouts.rows + 1):
             given = (rollouts, range(count), rollouts.trained_N)
             cost = lay_out(*given, 0, packed=packed).cost
             assert len(pack_rows(*given, 2 * cost, packed=packed)) == 1
-            assert len(pack_rows(*given, cost - 1, packed=packed)) > 1
+            assert len(pack_rows(*given, cost // 2, packed=packed)) > 1
 
 
 def test_greedy_samples_of_a_prompt_are_one_row() -> None:
     """Halving prompts times samples would leave the same rows."""
-    engine, prompts = (
-        SparingEngine(
-            load_model(ModelConfig.model_validate(section()), "cpu", trainable=False, seed=1),
-            Limit(ROWS, 64, "max_rows"),
-        ),
-        [[3 + n, 5] for n in range(6)],
-    )
+    loaded = load_model(ModelConfig.model_validate(section()), "cpu", trainable=False, seed=1)
+    engine, prompts = SparingEngine(loaded, Limit(ROWS, 64, "max_rows")), [[3 + n, 5] for n in range(6)]
     asked: dict[str, Any] = {"samples": 4, "max_new_tokens": 5, "temperature": 0.0, "seed": 0}
     whole = engine.generate(prompts, **asked)
     with pytest.MonkeyPatch.context() as patch:
