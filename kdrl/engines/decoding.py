@@ -102,7 +102,7 @@ class Rows:
         self._config, self._pad = text_config(loaded), loaded.pad_id
         self.device = loaded.device
         self._longest = max(map(len, prompts)) + steps
-        self._fused = FusedStep(loaded, self._longest) if plan.fused else None
+        self._fused = FusedStep(loaded, self._longest, len(prompts)) if plan.fused else None
         self._last: Encoded | None = None
         self._static: StaticStep | None = None
         self._shared: SharedPrompts | None = None

@@ -18,12 +18,12 @@ from kdrl.engines.shared import SharedPrompts
 from kdrl.models.heads import causal_lm, decoder_of
 from kdrl.models.loading import LoadedModel
 from kdrl.models.quick import QuickLinear
-from kdrl.objectives.products import product
+from kdrl.objectives.products import packed, product
 
 _KNOWN = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
 _FIXED_ROPE = {"default", "linear", "llama3", "yarn"}
-# Products of one input are joined into one up to this many weights; copying larger ones would cost more than it saves.
-_JOINED = 1 << 25
+# Layers that read the same input are joined into one, and on a CPU packed, up to this many weights: a copy of them.
+_COPIED = {"cpu": 1 << 28, "cuda": 1 << 25}
 
 
 def fusable(loaded: LoadedModel) -> bool:
@@ -68,14 +68,14 @@ def _merged(layer: Any) -> tuple[Tensor, Tensor | None]:
 
 
 class _Product:
-    """x W^T + b of several layers that read the same input, side by side."""
+    """x W^T + b of several layers that read the same input, side by side; as one, for `copy` rows of x, if not 0."""
 
-    def __init__(self, layers: Sequence[Any], dtype: torch.dtype, join: bool) -> None:
+    def __init__(self, layers: Sequence[Any], dtype: torch.dtype, copy: int) -> None:
         parts = [_merged(layer) for layer in layers]
         bias = [b for _, b in parts if b is not None]
         self.bias = torch.cat(bias).to(dtype) if bias else None
         weights = [weight.to(dtype) for weight, _ in parts]
-        self.weights = [torch.cat(weights)] if join and len(weights) > 1 else weights
+        self.weights = [packed(torch.cat(weights), copy)] if copy else weights
 
     def __call__(self, x: Tensor) -> Tensor:
         outs = [product(x, weight) for weight in self.weights]
@@ -86,13 +86,13 @@ class _Product:
 class _Block:
     """One layer's weights, joined where that helps, and its step."""
 
-    def __init__(self, block: Any, number: int, dtype: torch.dtype, join: bool) -> None:
+    def __init__(self, block: Any, number: int, dtype: torch.dtype, copy: int) -> None:
         attention = block.self_attn
         q, k, v, o, gate, up, down = _linears(block)
         self.number, self.width = number, attention.head_dim
         self.scale = float(attention.scaling)
-        self.qkv, self.o = _Product([q, k, v], dtype, join), _Product([o], dtype, join)
-        self.gate_up, self.down = _Product([gate, up], dtype, join), _Product([down], dtype, join)
+        self.qkv, self.o = _Product([q, k, v], dtype, copy), _Product([o], dtype, copy)
+        self.gate_up, self.down = _Product([gate, up], dtype, copy), _Product([down], dtype, copy)
         self.before, self.between = block.input_layernorm, block.post_attention_layernorm
         out = getattr(k, "base_layer", k).out_features
         self.kv_heads, self.heads = out // self.width, getattr(q, "base_layer", q).out_features // self.width
@@ -129,15 +129,15 @@ Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 class FusedStep:
     """The decoder of a model for one new token a row, on its present weights; made anew when they have changed."""
 
-    def __init__(self, loaded: LoadedModel, positions: int) -> None:
+    def __init__(self, loaded: LoadedModel, positions: int, rows: int) -> None:
         decoder: Any = decoder_of(loaded.model)
         weights = sum(w.numel() for block in _blocks(decoder) for w in block.parameters())
         table: Tensor = decoder.embed_tokens.weight
         self._dtype = torch.bfloat16 if loaded.config.autocast is not None else table.dtype
         self._on_cpu = table.device.type == "cpu"
         self._embed, self._final = decoder.embed_tokens, decoder.norm
-        join = weights <= _JOINED
-        self._blocks = [_Block(block, n, self._dtype, join) for n, block in enumerate(_blocks(decoder))]
+        copy = rows if weights <= _COPIED.get(table.device.type, 0) else 0
+        self._blocks = [_Block(block, n, self._dtype, copy) for n, block in enumerate(_blocks(decoder))]
         place = torch.arange(positions, device=table.device)[None]
         cos, sin = decoder.rotary_emb(table.new_empty(1), place)
         half = cos.shape[-1] // 2

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from kdrl.objectives.head import Head
 
+# A head of up to so many weights is packed, a copy of it, for about so many rows.
+_PACKED, _ROWS = 1 << 26, 64
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -50,13 +53,14 @@ class Sampler:
     """
 
     def __init__(self, head: Head, options: SamplingOptions) -> None:
-        widen = head.weight_VD.device.type == "cpu"
-        self._head = head.map(lambda factor: factor.detach().float() if widen else factor.detach())
+        self._wide = head.weight_VD.device.type == "cpu"
+        head = head.map(lambda factor: factor.detach().float() if self._wide else factor.detach())
+        self._head = head.packed(_ROWS) if head.weight_VD.numel() <= _PACKED else head
         self._options = options
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Float32 logits [R, V] over the tokenizer's vocabulary, before temperature."""
-        return self._head.logits(hidden_RD)
+        return self._head.logits(hidden_RD.float() if self._wide else hidden_RD)
 
     def _tempered(self, hidden_RD: Tensor) -> Tensor:
         logits_RV = self.logits(hidden_RD)

