@@ -17,7 +17,7 @@ from kdrl.batch import Response, Rollouts, lay_out, pack_rows
 from kdrl.bench.allocations import Allocations
 from kdrl.models import LoadedModel, LoraConfig, ModelConfig, NewModel, NewTokenizer, load_model, packing
 from kdrl.models.heads import causal_lm
-from kdrl.models.packing import Packing, micro_batches, packs, wanted_states
+from kdrl.models.packing import micro_batches, packs, wanted_states
 from kdrl.teachers import LocalTeacher
 from kdrl.update import Updater
 
@@ -156,21 +156,6 @@ def test_any_shape_and_mask(shape: str, share: float):
             assert max(distance(passed(loaded, rollouts, wanted_N, True, budget, **options), want)) < 1e-10
 
 
-def test_padding_of_attention_and_masks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch):
-    """Every way to cut a packed row into attention calls: a call a segment, one for all, one mask or one a row."""
-    loaded, rollouts = exact("llama"), Rollouts.of(made(RAGGED))
-    want = passed(loaded, rollouts, rollouts.trained_N, packed=False)
-    counts = set()
-    for waste, call, mask in ((10**9, 0, 0), (1, 10**9, 10**9), (3, 1 << 10, 0), (3, 64, 256)):
-        for name, value in (("_WASTE", waste), ("_CALL", call), ("_MASK", mask)):
-            monkeypatch.setattr(packing, name, value)
-        (micro,) = micro_batches(loaded, rollouts, range(rollouts.rows), rollouts.trained_N, 4096)
-        counts.add(len(Packing(micro.segments, torch.device("cpu")).blocks))
-        assert max(distance(passed(loaded, rollouts, rollouts.trained_N, True), want)) < 1e-10
-    assert len(counts) > 2
-    assert min(counts) == 2
-
-
 def test_nothing_wanted_is_nothing_run():
     loaded, rollouts = exact("qwen3"), Rollouts.of(made(RAGGED))
     assert list(micro_batches(loaded, rollouts, range(rollouts.rows), ~rollouts.trained_N, 4096)) == []
@@ -294,19 +279,30 @@ def test_a_prompt_is_run_once_for_its_group_by_student_teacher_and_reference():
 
 
 @pytest.mark.parametrize("shape", [[(96, (24,) * 40)], [(30, (30,) * 4)] * 8], ids=["long prompts", "short prompts"])
-def test_a_packed_batch_of_a_budget_holds_no_more_than_a_padded_one(shape: list[tuple[int, tuple[int, ...]]]):
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_packed_batch_of_a_budget_holds_no_more_than_a_padded_one(
+    shape: list[tuple[int, tuple[int, ...]]], joined: bool, monkeypatch: pytest.MonkeyPatch
+):
     """Copies of a shared prompt's keys and values are paid for, where every head has keys of its own too."""
+    if not joined:
+        monkeypatch.setattr(packing, "joins", lambda *given: False)
     new = NewModel(architecture="llama", hidden_size=64, layers=2, heads=4, intermediate_size=192, max_positions=128)
+    padded, packed = peaks(new, shape, 1200)
+    assert packed <= padded
+
+
+def peaks(new: NewModel, shape: list[tuple[int, tuple[int, ...]]], budget: int) -> tuple[int, int]:
+    """Bytes at once of the first micro-batch of a budget, forward and backward: padded, packed."""
     config = ModelConfig(model=new, tokenizer=NewTokenizer(characters=CHARACTERS))
-    loaded, rollouts = load_model(config, "cpu", trainable=True, seed=0), Rollouts.of(made(shape))
-    peaks = []
+    loaded, rollouts, found = load_model(config, "cpu", trainable=True, seed=0), Rollouts.of(made(shape)), []
     for padded in (True, False):
-        micro = next(micro_batches(loaded, rollouts, range(rollouts.rows), rollouts.trained_N, 1200, padded=padded))
+        micro = next(micro_batches(loaded, rollouts, range(rollouts.rows), rollouts.trained_N, budget, padded=padded))
+        assert bool(micro.segments) != padded
         with Allocations() as counted:
             wanted_states(loaded, micro).sum().backward()
-        peaks.append(counted.peak)
+        found.append(counted.peak)
         loaded.model.zero_grad()
-    assert peaks[1] <= peaks[0]
+    return found[0], found[1]
 
 
 @pytest.mark.parametrize("low", [{"autocast": "bfloat16"}, {"dtype": "bfloat16"}], ids=str)
@@ -378,6 +374,7 @@ def test_on_a_gpu_packed_is_padded(dtype: str):
     loaded = load_model(config, "cuda", trainable=True, seed=0)
     rollouts = Rollouts.of(made(RAGGED), "cuda")
     assert packs(loaded)
+    assert not packs(loaded, 1 << 20), "a mask is bounded"
     batches = [
         next(micro_batches(loaded, rollouts, range(rollouts.rows), rollouts.trained_N, 4096, padded=padded))
         for padded in (True, False)
