@@ -28,7 +28,7 @@ JUDGE = "def judge(response, problem):\n    return sum(map(ord, response)) % 3 =
 
 
 def _model(width: int, layers: int, heads: int, vocabulary: int = 50, **more: Any) -> dict[str, Any]:
-    wide = "".join(chr(0x4E00 + i) for i in range(max(0, vocabulary - 50)))
+    wide = "".join(chr(0x10000 + i) for i in range(max(0, vocabulary - 50)))
     model = {
         "architecture": "qwen3",
         "hidden_size": width,
@@ -41,12 +41,15 @@ def _model(width: int, layers: int, heads: int, vocabulary: int = 50, **more: An
     return {"model": model, "tokenizer": {"characters": CHARACTERS + wide}} | more
 
 
-ONE = (128, 5, 4)
+# With so many tokens few responses end early; a plan takes none to.
+ONE = (128, 5, 4, 1024)
 TWENTY = (512, 6, 8, 4096)
 GGUF: dict[str, Any] = {"model": str(SMOLLM), "autocast": "bfloat16"}
 TRAIN: dict[str, Any] = {"optimizer": {"micro_batch_tokens": 2048, "lr": 1.0e-4}}
 SMALL: dict[str, Any] = {"optimizer": {"micro_batch_tokens": 1024, "lr": 1.0e-4}}
 SHORT: dict[str, Any] = {"rollout": {"prompts": 2, "group": 4, "max_new_tokens": 48}}
+LOW: dict[str, Any] = {"dtype": "bfloat16"}
+WIDE: dict[str, Any] = {"rollout": {"prompts": 4, "group": 4, "max_new_tokens": 32}}
 
 CASES: dict[str, dict[str, Any]] = {
     "demo, KDRL": {"demo": True},
@@ -71,6 +74,21 @@ CASES: dict[str, dict[str, Any]] = {
         "teacher": _model(*TWENTY),
     }
     | TRAIN,
+    "20M, on-policy distillation, LoRA": {
+        "method": "opd",
+        "student": _model(*TWENTY, lora={"rank": 8}),
+        "teacher": _model(*TWENTY),
+    }
+    | TRAIN,
+    "20M, GKD, bfloat16": {"method": "gkd", "student": _model(*TWENTY, **LOW), "teacher": _model(*TWENTY, **LOW)}
+    | TRAIN,
+    "20M, GRPO, minibatches, epochs": {
+        "method": "grpo",
+        "student": _model(*TWENTY),
+        "optimizer": {"micro_batch_tokens": 1024, "minibatches": 2, "epochs": 2},
+    },
+    "20M, GRPO, long prompts": {"method": "grpo", "student": _model(*TWENTY), "prompt": 512} | TRAIN,
+    "vocabulary of 152k, GRPO": {"method": "grpo", "student": _model(128, 2, 4, 151936)} | TRAIN | WIDE,
     "20M, long rollouts": {
         "method": "grpo",
         "student": _model(*TWENTY),
@@ -78,7 +96,7 @@ CASES: dict[str, dict[str, Any]] = {
         "optimizer": {"micro_batch_tokens": 256},
         "steps": 1,
     },
-    "135M, SFT": {"method": "sft", "student": GGUF} | SMALL,
+    "135M, SFT": {"method": "sft", "student": GGUF, "rollout": {"prompts": 16, "max_new_tokens": 56}} | SMALL,
     "135M, KDRL": {"method": "kdrl", "student": GGUF, "teacher": GGUF} | SMALL | SHORT,
 }
 
@@ -92,13 +110,14 @@ def recipe_of(name: str, folder: Path) -> dict[str, Any]:
         from kdrl.recipe import load_recipe, plain
 
         return plain(load_recipe(HERE.parent / "recipes" / "demo.yaml")) | common
-    rows = [
-        {"prompt": "+".join(str((i * j) % 97) for j in range(1, 16)) + "=", "answer": "1", "solution": "1+2;" * 12}
-        for i in range(1, 65)
-    ]
+    length = case.pop("prompt", 45)
+    prompts = ["+".join(str((i * j) % 97) for j in range(1, 1 + length // 3)) for i in range(1, 65)]
+    rows = [{"prompt": text.ljust(length, "="), "answer": "1", "solution": "1+2;" * 12} for text in prompts]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "judge.py").write_text(JUDGE)
     task = {"path": str(folder / "data.jsonl"), "verifier": {"name": f"{folder / 'judge.py'}:judge", "workers": 1}}
+    # A chat template adds its own.
+    task["max_prompt_tokens"] = 80 if case["student"] is GGUF else length
     return {"task": task, "rollout": {"prompts": 8, "group": 8, "max_new_tokens": 64}} | common | case
 
 
@@ -133,7 +152,7 @@ def instrument(marks: Marks) -> None:
 
     @contextmanager
     def marked(self: Phases, name: str) -> Any:
-        before = marks.to("rollout" if name == "rollout" else "update")
+        before = marks.to("update" if name == "verify" else name)
         with of(self, name):
             yield
         marks.to(before)
@@ -161,7 +180,7 @@ def measure(name: str, tensors: bool) -> dict[str, Any]:
         instrument(marks)
         train(raw, output=Path(folder) / "run", say=lambda text: None)
         marks.to("end")
-    totals = {phase: planned.of(phase) for phase in ("rollout", "update", "optimizer step")}
+    totals = planned.to_dict()["totals"]
     items = {f"{item.phase}: {item.name}": item.bytes for item in planned.items}
     return {"planned": totals, "measured": marks.most, "first": marks.first, "items": items}
 
@@ -179,10 +198,12 @@ def outside(name: str, more: list[str]) -> dict[str, Any]:
 
 
 def show(name: str, found: dict[str, Any], write: Callable[[str], None] = print) -> None:
-    """One line a case: the error of the peak, and planned/measured MB of each phase when it is first gone through."""
-    parts = [f"{p} {v / 1e6:.0f}/{found['first'][p] / 1e6:.0f}" for p, v in found["planned"].items()]
+    """One line a case: the error of the peak, and planned/measured MB of each phase."""
+    # Later rollouts find the heap as updates left it.
+    measured = found["measured"] | {"rollout": found["first"]["rollout"]}
+    parts = [f"{p} {v / 1e6:.0f}/{measured[p] / 1e6:.0f}" for p, v in found["planned"].items()]
     start = f"start {found['first']['start'] / 1e6:.0f}"
-    write(f"{name:<32} {found['peak']['error']:+7.1%}  {', '.join(parts)}, {start}")
+    write(f"{name:<34} {found['peak']['error']:+7.1%}  {', '.join(parts)}, {start}")
 
 
 def main() -> None:

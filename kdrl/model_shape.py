@@ -94,17 +94,33 @@ def adapter_parameters(config: PretrainedConfig, lora: LoraConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def activation_bytes(shape: ModelShape, compute_bytes: int, attention_bytes: int, *, frozen: bool = False) -> int:
+def activation_bytes(
+    shape: ModelShape,
+    compute_bytes: int,
+    attention_bytes: int,
+    *,
+    stream_bytes: int | None = None,
+    lora: bool = False,
+    keys: float = 0.0,
+) -> int:
     """Bytes that one token leaves behind in one layer for the backward pass; `compute_bytes` of matrix products.
 
-    Two norms keep three arrays of the width each in float32 (two where their weights are `frozen`); packed attention
-    keeps queries, keys, values and output, and queries and output once more where the products are of another format;
-    a gated MLP keeps gate, its activation, up and their product.
+    Norms keep what they read, in the `stream_bytes` of the residual stream (None: those of products), and layers what
+    norms make of it: once, or under autocast and under float32 adapters of another format once for each layer that
+    reads it. Packed attention keeps queries, keys, values and output, and where it copies what responses share, queries
+    and output twice and `keys` more keys and values a token. A gated MLP keeps gate, its activation, up and product.
     """
-    norms = 2 * (2 if frozen else 3) * 4 * shape.width
+    stream = stream_bytes or compute_bytes
+    adapted = lora and stream < 4
+    each = 4 if adapted else compute_bytes
+    readers = (5 if shape.gated_mlp else 4) if adapted or stream != compute_bytes else 2
+    norms = 2 * stream * shape.width + readers * each * shape.width
     if shape.qk_norm:
-        norms += 2 * 4 * (shape.query_width + shape.kv_width)
+        norms += compute_bytes * (shape.query_width + shape.kv_width)
     attention = attention_bytes * 2 * (shape.query_width + shape.kv_width) + 4 * shape.heads
-    if attention_bytes != compute_bytes:
-        attention += compute_bytes * shape.query_width
-    return norms + attention + compute_bytes * (4 if shape.gated_mlp else 6) * shape.mlp_width
+    if attention_bytes != compute_bytes or adapted:
+        attention += each * shape.query_width
+    if keys:
+        attention += int(attention_bytes * 2 * (shape.query_width + keys * shape.kv_width))
+    mlp = compute_bytes * (4 if shape.gated_mlp else 6) + (each - compute_bytes)
+    return norms + attention + mlp * shape.mlp_width

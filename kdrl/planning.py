@@ -14,18 +14,24 @@ from kdrl.memory import Item, MemoryPlan, Phase, plan
 from kdrl.model_shape import ModelShape, adapter_parameters
 from kdrl.models.compressed import BITS
 from kdrl.models.config import NewModel, NewTokenizer, TeacherModelConfig
-from kdrl.models.loading import quiet
+from kdrl.models.loading import LoadedModel, load_tokenizer, quiet
+from kdrl.models.prompts import encode_prompt
 from kdrl.models.scratch import character_tokenizer, new_model_config
 from kdrl.models.sources import explain, find_origin
 from kdrl.objectives.objective import Objective
 from kdrl.optimizers import state_bytes
 from kdrl.recipe import Recipe
+from kdrl.sources.kinds import Gold
+from kdrl.tasks import build_task
+from kdrl.tasks.base import take
 from kdrl.teachers.checks import asked_models, same_model, section_of, shares_student
 from kdrl.teachers.config import TeacherConfig
 from kdrl.teachers.plan import teacher_items
 from kdrl.vocab.plan import space_items
 
 _BYTES = {"float32": 4, "bfloat16": 2}
+# Problems whose prompts are counted where no limit is stated.
+_LOOKED_AT = 64
 
 
 def config_of(section: TeacherModelConfig) -> PretrainedConfig:
@@ -44,10 +50,21 @@ def config_of(section: TeacherModelConfig) -> PretrainedConfig:
         raise UserError(explain(error, origin.label, "model")) from error
 
 
-def _longest(recipe: Recipe) -> int:
-    # Without a stated prompt limit a prompt as long as the response is assumed.
-    prompt = recipe.task.max_prompt_tokens or recipe.rollout.max_new_tokens
-    return prompt + recipe.rollout.max_new_tokens
+def _prompt_tokens(recipe: Recipe) -> int:
+    """The limit of prompts, or the longest of the problems that training begins with.
+
+    As long as a response where neither can be had: a task that cannot be read is for the builder to refuse.
+    """
+    if recipe.task.max_prompt_tokens is not None:
+        return recipe.task.max_prompt_tokens
+    section = recipe.student
+    try:
+        with quiet():
+            reader = LoadedModel(None, load_tokenizer(section), section, (), 0, 0)
+            problems = take(build_task(recipe.task, recipe.seed).problems("train"), _LOOKED_AT)
+        return max(len(encode_prompt(reader, problem.prompt)) for problem in problems)
+    except (UserError, ValueError):
+        return recipe.rollout.max_new_tokens
 
 
 def _look_ahead(recipe: Recipe, trainable: int) -> tuple[Item, ...]:
@@ -59,21 +76,38 @@ def _look_ahead(recipe: Recipe, trainable: int) -> tuple[Item, ...]:
     return (Item("before the look-ahead", trainable * size + state, "always", f"weights, {why}"),)
 
 
-def _step_tokens(recipe: Recipe) -> int:
-    """Most tokens of a step: each prompt once, where responses share it, and an eighth for each more (`pack_rows`)."""
-    rollout, response = recipe.rollout, recipe.rollout.max_new_tokens
-    prompt = _longest(recipe) - response
-    rounds, per_prompt = 1 + rollout.dynamic_sampling, max(2, rollout.group)
-    return rounds * rollout.prompts * (prompt + per_prompt * (response + prompt // 8))
+def _balance(recipe: Recipe, objective: Objective, trainable: int) -> tuple[Item, ...]:
+    """The gradient of one side while that of the other is measured."""
+    if not recipe.log.gradients_every or not {"kd", "rl"} <= {term.family for term in objective.terms}:
+        return ()
+    size = _trained_bytes(recipe)
+    return (Item("gradient of one side", trainable * size, "update", f"for the balance: {trainable:,} x {size} B"),)
 
 
-def _rows(recipe: Recipe) -> int:
-    """Most responses that are written at once, in training and in evaluation."""
+def _group(recipe: Recipe) -> int:
+    """Responses to a prompt; of some sources as many as the data has, or a pair."""
+    return 1 if isinstance(recipe.source.settings, Gold) else max(2, recipe.rollout.group)
+
+
+def _problems(recipe: Recipe) -> int:
+    return recipe.rollout.prompts * (1 + recipe.rollout.dynamic_sampling)
+
+
+def _step_tokens(recipe: Recipe, prompt: int) -> int:
+    """Most tokens of an optimizer step, as `pack_rows` counts them: an eighth more for what responses attend to."""
+    response, group = recipe.rollout.max_new_tokens, _group(recipe)
+    tokens = prompt + group * response + (group * (prompt + response) // 8 if group > 1 else 0)
+    return _problems(recipe) * tokens // recipe.optimizer.minibatches
+
+
+def _rows(recipe: Recipe) -> tuple[int, int]:
+    """Most responses that are written at once, in training and in evaluation, and how many of them to a prompt."""
     rollout, evaluate = recipe.rollout, recipe.evaluate
-    asked = rollout.prompts * rollout.group if recipe.source.settings.generates else 0
+    asked = [(rollout.prompts * rollout.group, rollout.group)] if recipe.source.settings.generates else []
     for wanted, problems in ((evaluate.every, evaluate.problems), (evaluate.final_problems, evaluate.final_problems)):
-        asked = max(asked, problems * evaluate.samples if wanted else 0)
-    return min(rollout.rows, asked)
+        asked += [(problems * evaluate.samples, evaluate.samples)] if wanted else []
+    rows, samples = max(((min(rollout.rows, rows), -samples) for rows, samples in asked), default=(0, -1))
+    return rows, -samples
 
 
 def _trained_bytes(recipe: Recipe) -> int:
@@ -86,13 +120,13 @@ def _optimizer_state(recipe: Recipe, trainable: int) -> tuple[int, str]:
     return state_bytes(config.kind, trainable, _trained_bytes(recipe), master_weights=config.master_weights)
 
 
-def _teacher_cache(recipe: Recipe, teacher: ModelShape | None, rows: int) -> tuple[Item, ...]:
+def _teacher_cache(recipe: Recipe, teacher: ModelShape | None, rows: int, longest: int) -> tuple[Item, ...]:
     """The teacher's own key-value cache where it writes along with the student."""
     if teacher is None or recipe.teacher is None or not recipe.source.settings.joint:
         return ()
     width = _BYTES[recipe.teacher.dtype] if recipe.teacher.autocast is None else 2
-    size = rows * _longest(recipe) * teacher.kv_width * 2 * width * teacher.layers
-    why = f"{rows} rows x {_longest(recipe)} tokens x {teacher.layers} layers, as the student's"
+    size = rows * longest * teacher.kv_width * 2 * width * teacher.layers
+    why = f"{rows} rows x {longest} tokens x {teacher.layers} layers, as the student's"
     return (Item("teacher KV cache", size, "rollout", why),)
 
 
@@ -132,8 +166,8 @@ def _further(recipe: Recipe, teachers: list[tuple[str, TeacherModelConfig]], tok
         shape = ModelShape.from_config(config_of(section))
         size = _BYTES[section.dtype]
         yield Item(f"{name} weights", shape.parameters * size, "always", f"{shape.parameters:,} x {size} B")
-        hidden = 2 * 4 * tokens * shape.width
-        yield Item(f"{name} hidden states", hidden, "update", f"{tokens:,} tokens x {shape.width:,} x 2 x 4 B")
+        hidden = tokens * shape.width * size
+        yield Item(f"{name}'s hidden states", hidden, "update", f"{tokens:,} tokens x {shape.width:,} x {size} B")
 
 
 def _shapes(teachers: list[tuple[str, TeacherModelConfig]]) -> dict[str, ModelShape]:
@@ -149,20 +183,28 @@ def memory_plan(recipe: Recipe) -> MemoryPlan:
     objective = build_objective(recipe)
     teachers = _teachers(recipe, objective)
     teacher = teachers[0][1] if teachers else None
-    rows = _rows(recipe)
+    rows, samples = _rows(recipe)
+    prompt = _prompt_tokens(recipe)
+    longest = prompt + recipe.rollout.max_new_tokens
+    states = _problems(recipe) * _group(recipe) * recipe.rollout.max_new_tokens
+    whole = any(term.needs.teacher == "distribution" for term in objective.terms)
     shape = ModelShape.from_config(student_config)
     teacher_shape = None if teacher is None else ModelShape.from_config(config_of(teacher))
     trainable = shape.parameters if lora is None else adapter_parameters(student_config, lora)
     device = resolve_device(recipe.device)
-    tokens = max(min(recipe.optimizer.micro_batch_tokens, _step_tokens(recipe)), _longest(recipe))
+    tokens = max(min(recipe.optimizer.micro_batch_tokens, _step_tokens(recipe, prompt)), longest)
     return plan(
         shape,
         teacher_shape,
         trainable_parameters=None if lora is None else trainable,
         micro_batch_tokens=recipe.optimizer.micro_batch_tokens,
-        step_tokens=_step_tokens(recipe),
-        max_length=_longest(recipe),
+        step_tokens=_step_tokens(recipe, prompt),
+        max_length=longest,
+        prompt_tokens=prompt,
+        group=_group(recipe),
         rollout_rows=rows,
+        samples=samples,
+        teacher_states=states if whole else tokens,
         dtype_bytes=_BYTES[recipe.student.dtype],
         teacher_dtype_bytes=None if teacher is None else _BYTES[teacher.dtype],
         autocast=recipe.student.autocast is not None,
@@ -173,10 +215,11 @@ def memory_plan(recipe: Recipe) -> MemoryPlan:
         master_weights=recipe.optimizer.master_weights,
         device=device,
         more=_look_ahead(recipe, trainable)
-        + tuple(_further(recipe, teachers[1:], tokens))
+        + _balance(recipe, objective, trainable)
+        + tuple(_further(recipe, teachers[1:], states if whole else tokens))
         + tuple(_saved(teachers))
-        + _teacher_cache(recipe, teacher_shape, rows)
-        + feature_items(objective, shape, teacher_shape, tokens, _longest(recipe))
-        + space_items(objective, shape, _shapes(teachers), tokens, _longest(recipe))
-        + teacher_items(recipe, objective, shape, teacher_shape, trainable, tokens, _longest(recipe), device),
+        + _teacher_cache(recipe, teacher_shape, rows, longest)
+        + feature_items(objective, shape, teacher_shape, tokens, longest)
+        + space_items(objective, shape, _shapes(teachers), tokens, longest)
+        + teacher_items(recipe, objective, shape, teacher_shape, trainable, tokens, longest, device),
     )
