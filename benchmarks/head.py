@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kdrl.bench import machine
-from kdrl.bench.allocations import Allocations
+from kdrl.bench.allocations import Recorded
 from kdrl.bench.turns import in_turns, ratios, summary, synchronize
 from kdrl.objectives.distill import DistillConfig, distribution_loss
 from kdrl.objectives.head import Head, score_tokens
@@ -105,17 +105,16 @@ class Case:
 
 def peak_bytes(case: Case, way: Callable[[], Tensor]) -> int:
     """Of tensors alive at once above inputs and weight gradients."""
-    gradients = {case.weight.numel() * 4, case.weight.numel() * case.weight.element_size()}
     case.hidden.grad = case.weight.grad = None
     if case.device == "cpu":
-        with Allocations(beside=gradients) as seen:
-            case.step(way)
-        return seen.peak
+        with Recorded() as seen:
+            gradient = case.step(way)[2]
+        return seen.peak_above(gradient)
     synchronize()
     before = torch.cuda.memory_allocated()
     machine.reset_peak(case.device)
     case.step(way)
-    return torch.cuda.max_memory_allocated() - before - max(gradients)
+    return torch.cuda.max_memory_allocated() - before - 4 * case.weight.numel()
 
 
 def resident_bytes(case: Case, way: Callable[[], Tensor]) -> int | None:

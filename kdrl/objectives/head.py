@@ -1,7 +1,7 @@
 """The chunked LM head: the only place where logits exist, and never more than one chunk of tokens of them.
 
-Every chunk is recomputed in the backward pass, so that N x V logits are held neither forward nor backward, unless all
-of them are less than one chunk of a large vocabulary; see `kdrl.objectives.passes`. Left out: vocabulary chunks.
+Every chunk but the last is recomputed in the backward pass, so that N x V logits are held neither forward nor backward,
+unless they are very few; see `kdrl.objectives.passes`. Left out: vocabulary chunks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ __all__ = ["CHUNK_ELEMENTS", "Comparison", "Head", "LowRank", "TokenScores", "ch
 # is not kept busy by so few tokens of a large vocabulary.
 CHUNK_ELEMENTS = 1 << 23
 CHUNK_ELEMENTS_ON_GPU = 1 << 25
+# All chunks wait for the backward pass where they have no more elements than this: 4 MiB an array.
+KEPT_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def score_tokens(
     if not parts:
         empty = (hidden_ND.sum() * 0.0).expand(0)
         return TokenScores(empty, empty if entropy else None, tuple(empty for _ in comparisons))
-    keep = chunk_tokens is None and len(targets_N) * head.vocab_size <= CHUNK_ELEMENTS
+    few = chunk_tokens is None and len(targets_N) * head.vocab_size <= KEPT_ELEMENTS
+    keep = len(parts) if few else 1
     work = Pass(head, targets_N, temperature, tuple(comparisons), parts, keep)
     logp_N, entropy_N, *losses_N = run(work, hidden_ND)
     return TokenScores(logp_N, entropy_N if entropy else None, tuple(losses_N))

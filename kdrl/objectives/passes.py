@@ -1,7 +1,8 @@
 """One differentiable pass over a head in chunks: scalars forward, and backward the gradient of each chunk's logits.
 
-Forward keeps three numbers a token. Backward makes a chunk's logits again, turns them into their own gradient in place,
-and adds its product with the hidden states to one float32 sum, rounded once. Only comparisons go through autograd, and
+Forward keeps three numbers a token, and the last chunk. Backward begins with that one, makes the logits of every other
+again, turns them into their own gradient in place, and adds its product with the hidden states to one float32 sum,
+rounded once. Only comparisons go through autograd, and
 only from their log-probs on. Left out: second derivatives.
 """
 
@@ -29,7 +30,8 @@ Comparison = Callable[[Tensor, slice], Tensor]
 class Pass:
     """What a pass is over; `comparisons` see the log-probs of one slice of `parts` at a time.
 
-    With `keep` the chunks wait for the backward pass instead of being made again: for when all are no more than one.
+    The last `keep` chunks wait for the backward pass instead of being made again; it takes the chunks from the last to
+    the first, so that one kept chunk is never beside another.
     """
 
     head: Head
@@ -37,7 +39,7 @@ class Pass:
     temperature: float
     comparisons: tuple[Comparison, ...]
     parts: Sequence[slice]
-    keep: bool = False
+    keep: int = 0
 
     def chunk(self, head: Head, hidden_ND: Tensor, part: slice, rows: Rows | None = None) -> _Chunk:
         """Logits of some tokens at the temperature; log-probs where there are comparisons."""
@@ -104,14 +106,16 @@ def run(work: Pass, hidden_ND: Tensor) -> tuple[Tensor, ...]:
     # Tensors that comparisons read and that are trained too, in the order in which they are met.
     closed: dict[int, Tensor] = {}
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        for part in work.parts:
+        for place, part in enumerate(work.parts):
+            keep = tracked and place >= len(work.parts) - work.keep
             chunk = work.chunk(work.head, hidden_ND, part)
             if work.comparisons:
-                chunk.compare(work, part, [True] * len(work.comparisons), tracked and work.keep)
+                chunk.compare(work, part, [True] * len(work.comparisons), keep)
             losses = [loss for loss in chunk.losses if loss is not None]
             closed |= {id(leaf): leaf for leaf in _leaves(losses) if leaf is not chunk.values_CV}
             pieces.append((chunk.logp_C, chunk.rows.entropy_C, *(loss.detach().clone() for loss in losses)))
-            chunks.append(chunk if work.keep else chunk.rows)
+            chunks.append(chunk if keep else chunk.rows)
+            del chunk, losses
     columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
     if not tracked and not closed:
         return tuple(columns)
@@ -153,7 +157,7 @@ class _Graph(torch.autograd.Function):
         sums = _Sums(work, ctx.saved_tensors, ctx.needs_input_grad[3:])
         compared = [g is not None for g in upstream[2:]]
         with torch.autocast(sums.hidden_ND.device.type, enabled=False):
-            for place, part in enumerate(work.parts):
+            for place, part in reversed(list(enumerate(work.parts))):
                 chunk = ctx.chunks[place]
                 if isinstance(chunk, Rows):
                     chunk = work.chunk(sums.head, sums.hidden_ND, part, chunk)
@@ -162,9 +166,11 @@ class _Graph(torch.autograd.Function):
                             chunk.compare(work, part, compared, True)
                 # What is kept becomes the gradient, so another backward pass makes it again.
                 ctx.chunks[place] = chunk.rows
-                sums.add(
-                    chunk.gradient(work, part, [None if g is None else g[part] for g in upstream], sums.closed), part
-                )
+                pulls = [None if g is None else g[part] for g in upstream]
+                found = chunk.gradient(work, part, pulls, sums.closed)
+                del chunk
+                sums.add(found, part)
+                del found
         return (None, None, None, *sums.rounded())
 
 

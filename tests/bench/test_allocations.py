@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kdrl.bench.allocations import Allocations
+from kdrl.bench.allocations import Allocations, Recorded
 
 
 def test_live_and_peak_bytes_by_hand():
@@ -32,3 +32,17 @@ def test_what_autograd_keeps_is_counted_until_the_backward_pass():
         value.backward()
         del value
         assert seen.live == 4000, "the gradient"
+
+
+def test_the_peak_above_a_gradient_leaves_out_it_and_its_sum_and_nothing_of_their_size():
+    weight = torch.randn(20, 50, dtype=torch.bfloat16, requires_grad=True)
+    with Recorded() as seen:
+        other = torch.zeros(20, 50)
+        gradient = torch.ones(20, 50) + 1.0
+        del other
+        weight.grad = gradient.to(torch.bfloat16)
+        del gradient
+    assert seen.peak == 12_000, "what is added to is dead when the other is"
+    assert seen.peak_above() == seen.peak
+    assert seen.peak_above(weight.grad) == 8000, "two float32 arrays of the gradient's shape beside its sum"
+    assert seen.live == 2000

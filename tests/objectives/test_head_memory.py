@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdrl.bench.allocations import Allocations
+from kdrl.bench.allocations import Allocations, Recorded
 from kdrl.objectives import logspace
-from kdrl.objectives.head import Head, LowRank, score_tokens
+from kdrl.objectives.head import CHUNK_ELEMENTS, Head, LowRank, score_tokens
 from kdrl.objectives.logspace import relative_entropy
 from kdrl.objectives.terms import DistillConfig
 
@@ -117,8 +117,8 @@ def test_a_frozen_head_has_no_gradient_and_no_array_of_its_size():
 FIXED_TOKENS, FIXED_VOCABULARY, FIXED_CHUNK = 1024, 1500, 55
 
 
-def distilled(chunked: bool) -> None:
-    """Reverse KL over the whole vocabulary, forward and backward."""
+def distilled(chunked: bool, chunk: int | None = None) -> Tensor:
+    """Reverse KL over the whole vocabulary, forward and backward; the gradient of the weights."""
     random = torch.Generator().manual_seed(0)
     hidden, teacher_hidden = torch.randn(2, FIXED_TOKENS, 16, generator=random)
     weight, teacher_weight = torch.randn(2, FIXED_VOCABULARY, 16, generator=random)
@@ -133,7 +133,7 @@ def distilled(chunked: bool) -> None:
             torch.zeros(FIXED_TOKENS, dtype=torch.long),
             entropy=True,
             comparisons=[lambda q, part: distribution_loss(config, teacher.logp(teacher_hidden[part]), q)],
-            chunk_tokens=FIXED_CHUNK,
+            chunk_tokens=chunk,
         )
         loss = scores.losses_N[0].mean()
     else:
@@ -141,6 +141,8 @@ def distilled(chunked: bool) -> None:
         logp = (teacher_hidden @ teacher_weight.T).log_softmax(-1)
         loss = (logq.exp() * (logq - logp)).sum(-1).mean()
     loss.backward()
+    assert weight.grad is not None
+    return weight.grad
 
 
 def test_peak_memory_of_distillation_is_a_twentieth_of_full_logits(monkeypatch: pytest.MonkeyPatch):
@@ -148,13 +150,31 @@ def test_peak_memory_of_distillation_is_a_twentieth_of_full_logits(monkeypatch: 
     # The share of a chunk that is worked on at a time, as it is at full size.
     monkeypatch.setattr(logspace, "_CACHED", FIXED_CHUNK * FIXED_VOCABULARY // 16)
     for chunked in (True, False):
-        # The weight's gradient, and with it a head of that size, is on both sides.
-        with Allocations(beside={FIXED_VOCABULARY * 16 * 4}) as seen:
-            distilled(chunked)
-        peaks[chunked] = seen.peak
+        with Recorded() as seen:
+            gradient = distilled(chunked, FIXED_CHUNK)
+        peaks[chunked] = seen.peak_above(gradient)
     logits = 4 * FIXED_TOKENS * FIXED_VOCABULARY
     assert peaks[False] >= 5 * logits
     assert peaks[True] <= 5 * logits / 20
+
+
+def test_at_the_default_size_half_of_the_tokens_have_logits_at_once(monkeypatch: pytest.MonkeyPatch):
+    """Far below a chunk's 32 MiB too: student, teacher and two to work in."""
+    monkeypatch.setattr(logspace, "_CACHED", FIXED_CHUNK * FIXED_VOCABULARY // 16)
+    half = 4 * FIXED_TOKENS * FIXED_VOCABULARY // 2
+    assert half < 4 * CHUNK_ELEMENTS
+    with Recorded() as seen, largest() as made:
+        gradient = distilled(True)
+    assert made.elements == FIXED_TOKENS * FIXED_VOCABULARY // 2
+    assert seen.peak_above(gradient) <= 4.2 * half
+
+
+def test_what_waits_for_the_backward_pass_is_one_chunk():
+    hidden, weight = torch.randn(1024, 8, requires_grad=True), torch.randn(2000, 8, requires_grad=True)
+    with Allocations() as seen:
+        scores = score_tokens(Head(weight), hidden, torch.zeros(1024, dtype=torch.long), chunk_tokens=128)
+        assert seen.live <= 1.1 * 4 * 128 * 2000
+    assert scores.logp_N.requires_grad
 
 
 @pytest.mark.gpu

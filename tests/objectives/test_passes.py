@@ -74,8 +74,12 @@ def test_what_a_loss_leaves_out_has_no_part_in_the_gradient(used: tuple[int, ...
     same(case.with_gradients(some(case.chunked)), case.with_gradients(some(case.naive)))
 
 
-def test_what_is_less_than_a_chunk_is_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch):
-    case, calls = Case(6), 0
+@pytest.mark.parametrize(("few", "chunk", "runs"), [(140, None, 2), (139, None, 3), (140, 1, 39), (0, 20, 1)])
+def test_few_logits_or_the_last_chunk_are_kept_for_the_backward_pass(
+    few: int, chunk: int | None, runs: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Two chunks, or twenty of one token: all but what is kept are compared twice, once in each direction."""
+    case, calls = Case(20), 0
     weight = case.weight.clone().requires_grad_()
 
     def counted(logq_MV: Tensor, part: slice) -> Tensor:
@@ -83,17 +87,18 @@ def test_what_is_less_than_a_chunk_is_kept_for_the_backward_pass(monkeypatch: py
         calls += 1
         return logq_MV.square().sum(-1)
 
-    def gradient(elements: int) -> tuple[int, Tensor]:
-        nonlocal calls
-        calls = 0
-        monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", elements)
-        scores = score_tokens(Head(weight), case.hidden, case.targets, comparisons=[counted])
-        (found,) = torch.autograd.grad(scores.losses_N[0].sum(), weight)
-        return calls, found
+    def loss(chunk: int | None) -> Tensor:
+        scores = score_tokens(Head(weight), case.hidden, case.targets, comparisons=[counted], chunk_tokens=chunk)
+        return scores.losses_N[0].sum()
 
-    (kept, one), (remade, other) = gradient(6 * 7), gradient(6 * 7 - 1)
-    assert (kept, remade) == (1, 2)
-    close(one, other, 1e-12)
+    monkeypatch.setattr(head_module, "KEPT_ELEMENTS", few)
+    kept = loss(chunk)
+    (found,) = torch.autograd.grad(kept, weight, retain_graph=True)
+    assert calls == runs
+    (again,) = torch.autograd.grad(kept, weight)
+    close(again, found, 1e-12)
+    plain_NV = (case.hidden @ weight.T).log_softmax(-1).square().sum()
+    close(found, torch.autograd.grad(plain_NV, weight)[0], 1e-12)
 
 
 def test_comparisons_that_are_not_used_are_not_run_again():
