@@ -15,7 +15,7 @@ from kdrl.bench.turns import in_turns, ratios, summary
 from kdrl.bench.writing import Writing, compare_writing, engine_side, generate_side
 from kdrl.build import Builder
 from kdrl.models import LoadedModel, encode_prompt, head_of
-from kdrl.objectives.head import Head, score_tokens
+from kdrl.objectives.head import score_tokens
 from kdrl.recipe import Recipe
 from kdrl.tasks.base import take
 
@@ -44,16 +44,19 @@ def measure_parts(recipe: Recipe, budget_s: float | None = None) -> dict[str, An
 
 
 def head(loaded: LoadedModel, tokens: int) -> dict[str, Any]:
-    """The chunked head against full logits: seconds of both, log-prob of random targets, forward and backward."""
-    found = head_of(loaded)
-    given, vocabulary = found.weight_VD.detach(), found.vocab_size
+    """The chunked head against full logits: seconds of both, log-prob of random targets, forward and backward.
+
+    As the recipe trains it: adapters on the head are its own, and what is frozen has no gradient.
+    """
+    head_ = head_of(loaded).map(lambda x: x.detach().clone().requires_grad_(x.requires_grad))
+    given, vocabulary = head_.weight_VD, head_.vocab_size
     tokens = max(1, min(tokens, _MOST_LOGITS // vocabulary))
-    head_ = Head(given.clone().requires_grad_(), found.bias_V, found.scale, found.softcap, found.rows)
     hidden_ND = torch.randn(tokens, given.shape[1], device=given.device, dtype=given.dtype, requires_grad=True)
     targets_N = torch.randint(vocabulary, (tokens,), device=given.device)
 
     def backward(logp_N: Tensor) -> None:
-        hidden_ND.grad = head_.weight_VD.grad = None
+        for leaf in (hidden_ND, *head_.tensors):
+            leaf.grad = None
         (-logp_N.mean()).backward()
 
     def chunked() -> None:
