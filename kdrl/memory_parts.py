@@ -22,17 +22,18 @@ from kdrl.optimizers import OptimizerKind, state_bytes
 _LIBRARIES = {"cpu": 385 << 20, "cuda": 800 << 20}
 # oneDNN's code and scratch for products in bfloat16 on a CPU, which it keeps by shape. Measured.
 _LOW_PRECISION = 80 << 20
-# glibc's heap keeps about half as much again as the activations of an update need, and less time goes to page faults.
-# Above so many bytes in an update a run gives arrays back at once (`settle_heap`), and so much stays. Measured.
-HEAP_SLACK, _SETTLED, _UNSETTLED = 0.5, 256 << 20, 96 << 20
+# glibc's heap keeps as much again as the activations of an update need, and less time goes to page faults; at most this
+# much where a run gives arrays back at once (`settle_heap`), which it does above so many bytes in an update. Measured.
+_HEAP_SLACK, _SETTLED = 96 << 20, 256 << 20
 # Float32 arrays of one logits chunk alive at once: logits, gradient, one to work in; the teacher's and those between.
 _CHUNK_ARRAYS, _COMPARED_ARRAYS = 3, 6
 # The same for the logits of one sampling step: logits, probabilities, their running sum.
 _SAMPLING_ARRAYS = 3
 
-# As `kdrl.engines.fused` joins layers; of `kdrl.engines.decoding`, the shortest prompt that is kept once for its rows
-# and the tokens of prompts that are read at once.
-_JOINED, _SHARED, _READ = 1 << 25, 48, {"cpu": 1 << 13, "cuda": 1 << 16}
+# Up to so many weights `kdrl.engines.fused` copies a model's layers, and `kdrl.engines.sampling` its head on a CPU.
+_COPIED, _PACKED = {"cpu": 1 << 28, "cuda": 1 << 25}, 1 << 26
+# Of `kdrl.engines.decoding`: the shortest prompt that is kept once for its rows, tokens of prompts read at once.
+_SHARED, _READ = 48, {"cpu": 1 << 13, "cuda": 1 << 16}
 
 Phase = Literal["always", "rollout", "prepare", "teacher", "update", "optimizer step"]
 PHASES: tuple[Phase, ...] = ("rollout", "prepare", "teacher", "update", "optimizer step")
@@ -118,7 +119,7 @@ def items_of(r: Request) -> tuple[Item, ...]:
     parts = [*_held(r), *_rollout(r), *_teacher(r), *_update(r), *_optimizer_step(r), *r.more]
     if r.device.type == "cpu":
         for phase in ("update", "prepare"):
-            slack = min(int(HEAP_SLACK * _kept(parts, phase)), _UNSETTLED)
+            slack = min(_kept(parts, phase), _HEAP_SLACK)
             parts.append(Item("heap slack", slack, phase, "freed arrays that the C library keeps"))
     return tuple(item for item in parts if item.bytes)
 
@@ -178,28 +179,17 @@ def _rollout(r: Request) -> Iterable[Item]:
     yield Item("sampling logits", logits, "rollout", why)
     if not r.rows:
         return
-    if r.fused:
-        size, why = _decode_weights(r)
-        yield Item("decode weights", size, "rollout", why)
-    if r.dtype_bytes < 4 and r.device.type == "cpu":
-        head = shape.vocabulary * shape.width
-        yield Item("float32 head", 4 * head, "rollout", f"{head:,} x 4 B")
+    layers = shape.layers * shape.width * (2 * (shape.query_width + shape.kv_width) + 3 * shape.mlp_width)
+    if r.fused and (r.autocast or r.lora or layers <= _COPIED[r.device.type]):
+        yield Item("decode copies", layers * r.compute_bytes, "rollout", f"{layers:,} weights x {r.compute_bytes} B")
+    head = shape.vocabulary * shape.width
+    if r.device.type == "cpu" and (r.dtype_bytes < 4 or head <= _PACKED):
+        yield Item("head copy", 4 * head, "rollout", f"{head:,} x 4 B")
     # Prompts are read before most of the cache is there.
     read = min(prompts * r.prompt, max(_READ[r.device.type], r.prompt))
     beyond = read * _forward_bytes(shape, r.compute_bytes) + prompts * r.prompt * each * shape.layers
     beyond = max(0, beyond - cache - copies - logits)
     yield Item("prompt forward", beyond, "rollout", f"{read:,} tokens of prompts at once, less the cache to come")
-
-
-def _decode_weights(r: Request) -> tuple[int, str]:
-    """What `kdrl.engines.fused` copies: layers that are joined, cast, or have adapters added."""
-    shape = r.student
-    read = shape.width * (shape.query_width + 2 * shape.kv_width + 2 * shape.mlp_width)
-    written = shape.width * (shape.query_width + shape.mlp_width)
-    count = read + written if r.autocast or r.lora else read
-    if count == read and shape.layers * (read + written) > _JOINED:
-        return 0, ""
-    return shape.layers * count * r.compute_bytes, f"{shape.layers} layers x {count:,} x {r.compute_bytes} B"
 
 
 def _forward_bytes(shape: ModelShape, compute_bytes: int) -> int:

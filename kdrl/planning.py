@@ -167,7 +167,7 @@ def _further(recipe: Recipe, teachers: list[tuple[str, TeacherModelConfig]], tok
         size = _BYTES[section.dtype]
         yield Item(f"{name} weights", shape.parameters * size, "always", f"{shape.parameters:,} x {size} B")
         hidden = tokens * shape.width * size
-        yield Item(f"{name}'s hidden states", hidden, "update", f"{tokens:,} tokens x {shape.width:,} x {size} B")
+        yield Item(f"{name} hidden states", hidden, "update", f"{tokens:,} tokens x {shape.width:,} x {size} B")
 
 
 def _shapes(teachers: list[tuple[str, TeacherModelConfig]]) -> dict[str, ModelShape]:
