@@ -24,7 +24,7 @@ def pair(bias: bool, inputs: int = 40, outputs: int = 96) -> tuple[nn.Linear, Qu
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 40), (3, 257, 40), (2, 1, 5, 40), (0, 40)])
+@pytest.mark.parametrize("shape", [(1, 40), (3, 257, 40), (2, 1, 5, 40), (0, 40)])  # many rows, few, none
 @pytest.mark.parametrize("frozen", [True, False])
 def test_value_and_gradient_are_those_of_a_linear_layer(bias: bool, shape: tuple[int, ...], frozen: bool):
     plain, quick = pair(bias)

@@ -39,9 +39,17 @@ class _Product(torch.autograd.Function):
         grad_MN = grads[0].reshape(-1, grads[0].shape[-1])
         return (
             product(grad_MN, weight.T).view(x.shape) if of_x else None,
-            product(grad_MN.T, x.reshape(-1, x.shape[-1]).T) if of_weight else None,
+            _of_weight(grad_MN, x.reshape(-1, x.shape[-1])) if of_weight else None,
             grad_MN.sum(0) if of_bias else None,
         )
+
+
+def _of_weight(grad_MN: Tensor, x_MK: Tensor) -> Tensor:
+    """grad^T x `[N, K]`. oneDNN copies the first factor to turn it: with many rows, the narrower had better be that."""
+    rows, outputs, inputs = *grad_MN.shape, x_MK.shape[1]
+    if rows * (outputs - inputs) > 2 * outputs * inputs:
+        return product(x_MK.T, grad_MN.T).T.contiguous()
+    return product(grad_MN.T, x_MK.T)
 
 
 class QuickLinear(nn.Linear):
