@@ -1,4 +1,4 @@
-# make install | test | test-vllm | demo | lint | format | types | smollm | clean.  Variables: PYTHON, TORCH_INDEX, DEMO_RUNS.
+# make install | test | test-vllm | test-kernels | demo | lint | format | types | smollm | clean.  Variables: PYTHON, TORCH_INDEX, DEMO_RUNS.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
+KERNELS := .venv-kernels
+KERNELS_STAMP := $(KERNELS)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 DEMO_RUNS ?= runs/demo
 SMOLLM := .cache/smollm2
@@ -18,12 +20,13 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 # pyright would otherwise look for a newer version of itself on every run.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help install test test-vllm demo lint format types smollm clean
+.PHONY: help install test test-vllm test-kernels demo lint format types smollm clean
 
 help:
 	@echo "make install   make $(VENV) with kdrl (editable) and what its tests need; TORCH_INDEX=URL takes torch from that index"
 	@echo "make test      install, then run the tests"
 	@echo "make test-vllm make $(VLLM_VENV) with vLLM (3.4 GB) and test a served teacher against it (10 minutes)"
+	@echo "make test-kernels put Triton and bitsandbytes (1.1 GB) under $(KERNELS) and test kernels and 8-bit optimizers with them, on a CPU too"
 	@echo "make demo      install, then train the demo student four ways and write the comparison under $(DEMO_RUNS)"
 	@echo "make lint      ruff check and format check;  make format mends them;  make types runs pyright"
 	@echo "make smollm    put the SmolLM2-135M-Instruct weights under $(SMOLLM) (93 MB, Apache-2.0)"
@@ -64,6 +67,16 @@ $(VLLM_STAMP):
 test-vllm: install $(if $(filter $(VLLM_VENV)/bin/python,$(VLLM_PYTHON)),$(VLLM_STAMP))
 	OMP_NUM_THREADS=1 KDRL_VLLM_PYTHON=$(VLLM_PYTHON) KDRL_VLLM_RESULTS=benchmarks/results/vllm.txt \
 	  $(BIN)/python -m pytest -m vllm tests/served/test_vllm.py
+
+# Beside the environment and not in it: a CUDA build of torch brings the Triton that it needs, a CPU build needs none.
+# Without a GPU the kernels run in Triton's interpreter; `gpu` tests of 8-bit and paged optimizers need a GPU all the same.
+$(KERNELS_STAMP): $(STAMP)
+	$(PIP) install --no-deps --upgrade --target $(KERNELS) triton 'bitsandbytes>=0.50'
+	@touch $@
+
+test-kernels: install $(KERNELS_STAMP)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest -rs \
+	  tests/objectives/test_kernels.py tests/test_optimizers.py::TestEightBit tests/test_offload.py::test_what_the_loader_is_told
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -87,7 +87,7 @@ def test_the_plan_counts_what_is_saved(world: Path):
 
 def test_what_the_loader_is_told():
     assert compression(TeacherModelConfig(model="x"), "cuda") == {}
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: make test-kernels")
     told = compression(TeacherModelConfig(model="x", load="int4", dtype="bfloat16"), "cuda:0")
     assert told["device_map"] == {"": "cuda:0"}
     assert told["quantization_config"].load_in_4bit

@@ -164,7 +164,7 @@ class TestEightBit:
 
     @pytest.fixture(autouse=True)
     def _installed(self) -> None:
-        pytest.importorskip("bitsandbytes")
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: make test-kernels")
 
     def test_it_is_adamw_within_the_precision_of_its_moments(self) -> None:
         eight, full = start(), start()

@@ -125,7 +125,7 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: make test-kernels")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled kernels are tested where there is a GPU")
 def test_triton_kernels_in_its_interpreter_equal_autograd():
     # In a process of its own: Triton reads the variable when it is first imported.
