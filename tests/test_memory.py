@@ -16,13 +16,16 @@ from tiny import raw_recipe
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
 
 from kdrl.batch import Segment
+from kdrl.bench.allocations import Allocations
 from kdrl.errors import UserError
 from kdrl.memory import ModelShape, plan
 from kdrl.model_shape import activation_bytes, adapter_parameters
+from kdrl.models.attention import recompute_layers
 from kdrl.models.config import LoraConfig
-from kdrl.models.heads import hidden_states
+from kdrl.models.heads import head_of, hidden_states
 from kdrl.models.packing import Packing
 from kdrl.models.quick import quicken
+from kdrl.objectives.head import score_tokens
 from kdrl.run import resume, train
 
 REPO = Path(__file__).parents[1]
@@ -158,6 +161,73 @@ def test_activation_formula_is_what_autograd_keeps(kind, numbers, compute: str, 
     wide = {"stream_bytes": 2 if low else 4, "lora": lora}
     formula = activation_bytes(ModelShape.from_config(kind(**numbers)), 4 if compute == "float32" else 2, 4, **wide)
     assert (kept[1] - kept[0]) / 2 == pytest.approx(tokens * formula, rel=0.03)
+
+
+def live_bytes(
+    config, segments: list[Segment], *, dtype=torch.float32, autocast=False, lora=False, checkpointing=False
+):
+    """Most bytes of live tensors in an optimizer step and two micro-batches, weights and optimizer included."""
+    import peft
+
+    tokens = sum(segment.length for segment in segments)
+    with Allocations() as seen:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        if lora:
+            model = peft.get_peft_model(model.requires_grad_(False), peft.LoraConfig(r=8, target_modules="all-linear"))
+        if checkpointing:
+            recompute_layers(model)
+        quicken(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+        for number in range(3):
+            ids = torch.randint(0, 50, (1, tokens))
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                hidden = hidden_states(model, ids, None, packing=Packing(segments, ids.device))
+            scores = score_tokens(head_of(model), hidden.flatten(0, 1), ids.flatten())
+            (-scores.logp_N.mean()).backward()
+            del hidden, scores
+            if number == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    return seen.peak
+
+
+SHARED = [*(Segment(64 * n, 64) for n in range(2)), *(Segment(128 + 40 * n, 40, n // 8) for n in range(16))]
+OWN = [Segment(96 * n, 96) for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("segments", "options"),
+    [
+        (SHARED, {}),
+        (OWN, {}),
+        (OWN, {"autocast": True}),
+        (OWN, {"dtype": torch.bfloat16}),
+        (OWN, {"lora": True}),
+        (OWN, {"checkpointing": True}),
+    ],
+    ids=["shared prompts", "float32", "autocast", "bfloat16", "lora", "checkpointing"],
+)
+def test_plan_of_an_update_is_its_live_bytes(segments: list[Segment], options: dict) -> None:
+    """Within 12 %: weights, gradients, optimizer state, activations and what works on them; not the heap."""
+    config = Qwen3Config(**(MIDDLE | {"num_hidden_layers": 3}))
+    student, shared = ModelShape.from_config(config), segments is SHARED
+    # As `kdrl.batch` counts the packed tokens.
+    budget = 768 + 16 * 104 // 8 if shared else 768
+    run = {"max_length": 104, "prompt_tokens": 64, "group": 8} if shared else {"max_length": 96}
+    given = {k: v for k, v in options.items() if k != "dtype"}
+    if given.get("lora"):
+        run["trainable_parameters"] = adapter_parameters(config, LoraConfig(rank=8))
+    made = plan(
+        student,
+        micro_batch_tokens=budget,
+        rollout_rows=0,
+        dtype_bytes=2 if "dtype" in options else 4,
+        available=10**11,
+        **run,
+        **given,
+    )
+    beside = sum(size_of(made, name) for name in ("libraries", "bfloat16 kernels", "heap slack"))
+    assert made.of("update") - beside == pytest.approx(live_bytes(config, segments, **options), rel=0.12)
 
 
 def test_parts_follow_their_numbers() -> None:
