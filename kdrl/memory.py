@@ -183,6 +183,8 @@ def _advice(made: MemoryPlan, r: Request) -> Iterable[str]:
         if not r.checkpointing:
             yield "set student.gradient_checkpointing: true"
         if fit < r.max_length:
+            if r.teacher is not None and r.teacher_states > r.tokens:
+                yield "lower rollout.prompts or rollout.group, for all of whose tokens the teacher's states are kept"
             yield "lower rollout.max_new_tokens"
             yield from _smaller_weights(r)
     if made.of("prepare") > room:
