@@ -13,14 +13,16 @@ benchmarks/results/precision.json.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import SEED, begin, chosen, make, parser, save, sized, token_prompts
+from common import RESULTS, SEED, begin, chosen, make, save, sized, token_prompts
 from torch import Tensor, nn
 
 from kdrl.batch import Response, Rollouts
@@ -207,7 +209,14 @@ def every_case() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 def main() -> None:
     """Run the cases and write the JSON."""
-    options = parser(__doc__, "precision.json").parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--quick", action="store_true", help="few cases, to see that it runs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--json", type=Path, default=RESULTS / "precision.json", help="cases of other names in it are kept"
+    )
+    options = parser.parse_args()
     begin(options)
     cases, found = dict(every_case()), []
     for name in chosen(list(cases), options):
