@@ -160,7 +160,8 @@ class MicroBatch:
         return self.input_ids_BL.numel() + int(_COPY * sum(map(sum, parents)))
 
 
-# Keys and values are copied, those of a shared prompt for each response: this part of what a token costs in a layer.
+# Where attention takes a mask, keys and values of a shared prompt are copied for each response: this part of what a
+# token costs in a layer.
 _COPY = 1 / 8
 
 
