@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from kdrl.build import resolve_device
 from kdrl.checks import build_objective
@@ -13,10 +13,10 @@ from kdrl.features.plan import feature_items
 from kdrl.memory import Item, MemoryPlan, Phase, plan
 from kdrl.model_shape import ModelShape, adapter_parameters
 from kdrl.models.compressed import BITS
-from kdrl.models.config import NewModel, NewTokenizer, TeacherModelConfig
+from kdrl.models.config import NewModel, TeacherModelConfig
 from kdrl.models.loading import LoadedModel, load_tokenizer, quiet
 from kdrl.models.prompts import encode_prompt
-from kdrl.models.scratch import character_tokenizer, new_model_config
+from kdrl.models.scratch import new_model_config
 from kdrl.models.sources import explain, find_origin
 from kdrl.objectives.objective import Objective
 from kdrl.optimizers import state_bytes
@@ -37,10 +37,7 @@ _LOOKED_AT = 64
 def config_of(section: TeacherModelConfig) -> PretrainedConfig:
     """The transformers configuration of a model section, without its weights; raises UserError when there is none."""
     if isinstance(section.model, NewModel):
-        if isinstance(section.tokenizer, NewTokenizer):
-            tokenizer = character_tokenizer(section.tokenizer)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(str(section.tokenizer))
+        tokenizer = load_tokenizer(section)
         return new_model_config(section.model, len(tokenizer), tokenizer)
     origin = find_origin(section)
     try:
