@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from kdrl.bench.machine import machine, peak_bytes, reset_peak, write_results
+from kdrl.heap import settle
 from kdrl.models import LoadedModel, ModelConfig, NewModel, NewTokenizer, load_model, save_final
 
 HERE = Path(__file__).parent
@@ -49,8 +50,9 @@ def parser(doc: str | None, result: str) -> argparse.ArgumentParser:
 
 
 def begin(options: argparse.Namespace) -> None:
-    """Threads, and libraries that say less."""
+    """Threads, the heap as kdrl has it, for all sides, and libraries that say less."""
     torch.set_num_threads(options.threads)
+    settle(tight=False)
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

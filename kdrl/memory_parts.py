@@ -22,9 +22,10 @@ from kdrl.optimizers import OptimizerKind, state_bytes
 _LIBRARIES = {"cpu": 385 << 20, "cuda": 800 << 20}
 # oneDNN's code and scratch for products in bfloat16 on a CPU, which it keeps by shape. Measured.
 _LOW_PRECISION = 80 << 20
-# glibc's heap keeps as much again as the activations of an update need, and less time goes to page faults; at most this
-# much where a run gives arrays back at once (`settle_heap`), which it does above so many bytes in an update. Measured.
-_HEAP_SLACK, _SETTLED = 96 << 20, 256 << 20
+# What glibc's heap keeps beside the arrays that are alive, measured: as much again as an update's activations, up to a
+# limit, where freed arrays are given back at once (`kdrl.heap`) or a step is a single micro-batch; more where the
+# arrays of one micro-batch must find room between those of the last.
+_HEAP_SLACK, _HEAP_GAPS = 96 << 20, 200 << 20
 # Float32 arrays of one logits chunk alive at once: logits, gradient, one to work in; the teacher's and those between.
 _CHUNK_ARRAYS, _COMPARED_ARRAYS = 3, 6
 # The same for the logits of one sampling step: logits, probabilities, their running sum.
@@ -74,6 +75,7 @@ class Request:
     master_weights: bool
     device: torch.device
     more: tuple[Item, ...] = ()
+    tight: bool = False
 
     @property
     def keys(self) -> float:
@@ -119,7 +121,7 @@ def items_of(r: Request) -> tuple[Item, ...]:
     parts = [*_held(r), *_rollout(r), *_teacher(r), *_update(r), *_optimizer_step(r), *r.more]
     if r.device.type == "cpu":
         for phase in ("update", "prepare"):
-            slack = min(_kept(parts, phase), _HEAP_SLACK)
+            slack = _slack(_kept(parts, phase), gaps=r.several and not r.tight)
             parts.append(Item("heap slack", slack, phase, "freed arrays that the C library keeps"))
     return tuple(item for item in parts if item.bytes)
 
@@ -128,10 +130,8 @@ def _kept(items: Iterable[Item], phase: Phase) -> int:
     return sum(item.bytes for item in items if item.phase == phase and item.name.endswith("activations"))
 
 
-def settled(items: Iterable[Item]) -> bool:
-    """Whether what comes and goes with a micro-batch is so much that its arrays are given back at once."""
-    items = list(items)
-    return max(sum(i.bytes for i in items if i.phase == phase) for phase in ("update", "prepare")) > _SETTLED
+def _slack(kept: int, *, gaps: bool) -> int:
+    return min(2 * kept, _HEAP_GAPS + kept // 2) if gaps else min(kept, _HEAP_SLACK)
 
 
 def _held(r: Request) -> Iterable[Item]:

@@ -15,8 +15,8 @@ from kdrl.environment import write_environment
 from kdrl.errors import UserError
 from kdrl.evaluation import EvaluationResult
 from kdrl.explain import explain_objective
+from kdrl.heap import settle
 from kdrl.limits import told
-from kdrl.memory import settle_heap
 from kdrl.models import save_final
 from kdrl.planning import memory_plan
 from kdrl.recipe import Recipe, load_recipe
@@ -173,7 +173,8 @@ def _check_memory(recipe: Recipe, say: Say, force: bool) -> None:
         raise UserError(
             f"the run {plan.verdict}. `kdrl train RECIPE --dry-run` shows the whole plan; --force starts all the same."
         )
-    settle_heap(plan)
+    if plan.device == "cpu":
+        settle(tight=plan.tight)
     say(plan.summary)
 
 

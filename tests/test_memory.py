@@ -330,7 +330,8 @@ import json, sys
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 from kdrl.batch import Segment
-from kdrl.memory import plan, settle_heap
+from kdrl.heap import settle
+from kdrl.memory import plan
 from kdrl.model_shape import ModelShape
 from kdrl.models.heads import hidden_states
 from kdrl.models.packing import Packing
@@ -339,7 +340,7 @@ numbers, tokens, length, autocast = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 config = Qwen3Config(**numbers)
 run = {"micro_batch_tokens": tokens, "max_length": length, "rollout_rows": 0, "autocast": autocast}
-settle_heap(plan(ModelShape.from_config(config), **run))
+settle(tight=False)
 model = AutoModelForCausalLM.from_config(config).train()
 optimizer = torch.optim.AdamW(model.parameters())
 for _ in range(2):

@@ -12,6 +12,7 @@ from kdrl.bench.flops import matmul_flops, peak_flops
 from kdrl.bench.machine import machine
 from kdrl.bench.steps import Steps, run_steps
 from kdrl.bench.turns import summary
+from kdrl.heap import settle
 from kdrl.memory import MemoryPlan
 from kdrl.planning import memory_plan
 from kdrl.recipe import Recipe
@@ -24,6 +25,8 @@ def measure_recipe(recipe: Recipe, steps: int) -> dict[str, Any]:
     """Run a few steps and sum them up as plain JSON; raises UserError for what training refuses."""
     check_named_models(recipe)
     plan = memory_plan(recipe)
+    if plan.device == "cpu":
+        settle(tight=plan.tight)  # as a run does
     found = run_steps(recipe, steps)
     return {
         **machine(),

@@ -1,0 +1,56 @@
+"""What becomes of freed arrays, and which runs ask for which."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import Qwen3Config
+
+from kdrl.memory import plan
+from kdrl.model_shape import ModelShape
+
+CONFIG = Qwen3Config(
+    hidden_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, vocab_size=4096
+)
+RUN = {"micro_batch_tokens": 1024, "step_tokens": 4096, "max_length": 128, "rollout_rows": 0, "device": "cpu"}
+FREED = """
+import json
+from kdrl.heap import settle
+settle(tight=TIGHT)
+import torch
+def resident():
+    return 1024 * int(next(x for x in open("/proc/self/status") if x.startswith("VmRSS")).split()[1])
+held = [torch.ones(1 << 21) for _ in range(16)]  # 8 MiB each
+full = resident()
+del held
+print(json.dumps([full, resident()]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read as Linux tells it")
+@pytest.mark.parametrize("tight", [True, False])
+def test_freed_arrays_go_back_to_the_system_or_stay(tight: bool) -> None:
+    script = FREED.replace("TIGHT", str(tight))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    full, after = json.loads(done.stdout)
+    assert (full - after > 100 << 20) == tight
+
+
+def test_a_plan_without_room_for_gaps_gives_arrays_back_and_one_without_room_at_all_says_so() -> None:
+    shape = ModelShape.from_config(CONFIG)
+    roomy = plan(shape, **RUN, available=10**12)
+    assert roomy.fits
+    assert not roomy.tight
+    just = plan(shape, **RUN, available=roomy.peak - 1)
+    assert just.fits
+    assert just.tight
+    assert just.peak < roomy.peak
+    assert "given back at once" in just.verdict
+    short = plan(shape, **RUN, available=just.peak - 1)
+    assert not short.fits
+    assert short.advice
+    # On a GPU there is no such heap.
+    assert plan(shape, **RUN | {"device": "meta"}, available=10).tight is False
