@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import transformers
 
+from kdrl import heap
 from kdrl.bench.machine import machine, peak_bytes, reset_peak, write_results
-from kdrl.heap import settle
 from kdrl.models import LoadedModel, ModelConfig, NewModel, NewTokenizer, load_model, save_final
 
 HERE = Path(__file__).parent
@@ -52,7 +52,7 @@ def parser(doc: str | None, result: str) -> argparse.ArgumentParser:
 def begin(options: argparse.Namespace) -> None:
     """Threads, the heap as kdrl has it, for all sides, and libraries that say less."""
     torch.set_num_threads(options.threads)
-    settle(tight=False)
+    heap.settle(tight=False)
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
