@@ -25,7 +25,7 @@ _LOW_PRECISION = 80 << 20
 # What glibc's heap keeps beside the arrays that are alive, measured: as much again as an update's activations, up to a
 # limit, where freed arrays are given back at once (`kdrl.heap`) or a step is a single micro-batch; more where the
 # arrays of one micro-batch must find room between those of the last.
-_HEAP_SLACK, _HEAP_GAPS = 96 << 20, 200 << 20
+_HEAP_SLACK, _HEAP_GAPS = 96 << 20, 256 << 20
 # Float32 arrays of one logits chunk alive at once: logits, gradient, one to work in; the teacher's and those between.
 _CHUNK_ARRAYS, _COMPARED_ARRAYS = 3, 6
 # The same for the logits of one sampling step: logits, probabilities, their running sum.

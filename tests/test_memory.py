@@ -331,15 +331,12 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 from kdrl.batch import Segment
 from kdrl.heap import settle
-from kdrl.memory import plan
-from kdrl.model_shape import ModelShape
 from kdrl.models.heads import hidden_states
 from kdrl.models.packing import Packing
 from kdrl.objectives.head import Head, score_tokens
 numbers, tokens, length, autocast = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 config = Qwen3Config(**numbers)
-run = {"micro_batch_tokens": tokens, "max_length": length, "rollout_rows": 0, "autocast": autocast}
 settle(tight=False)
 model = AutoModelForCausalLM.from_config(config).train()
 optimizer = torch.optim.AdamW(model.parameters())
@@ -364,13 +361,14 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
     ids=["tiny", "20M"],
 )
 def test_plan_against_the_peak_of_a_real_step(numbers: dict, tokens: int, autocast: bool) -> None:
-    """Within a quarter of the peak that the kernel counted; benchmarks/memory_plan.py measures whole runs."""
+    """Within 15 % of the peak that the kernel counted; benchmarks/memory_plan.py measures whole runs."""
     arguments = json.dumps([numbers, tokens, 128, autocast])
     command = [sys.executable, "-c", STEP, arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     measured = 1024 * int(done.stdout.split()[-1])
     student = ModelShape.from_config(Qwen3Config(**numbers))
-    made = plan(student, micro_batch_tokens=tokens, max_length=128, rollout_rows=0, autocast=autocast, available=10**11)
+    run = {"micro_batch_tokens": tokens, "step_tokens": tokens, "max_length": 128, "rollout_rows": 0}
+    made = plan(student, **run, autocast=autocast, available=10**11)
     print(f"planned {made.peak / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
-    assert made.peak == pytest.approx(measured, rel=0.25)
+    assert made.peak == pytest.approx(measured, rel=0.15)
