@@ -287,7 +287,7 @@ def lay_out(
     responses = [rollouts.responses[row] for row in rows]
     texts = [(_prompt(r, privileged), r.token_ids[: read[row] or 0]) for row, r in zip(rows, responses, strict=True)]
     longest = max(len(prompt) + len(own) for prompt, own in texts)
-    form = _packed(texts) if packed else _padded(texts, longest, pad_id)
+    form = _packed(texts, pad_id) if packed else _padded(texts, longest, pad_id)
     lengths = torch.tensor([len(row) for row in form.ids])
     width = max(map(len, form.ids))
     ids_BL = torch.tensor([row + [pad_id] * (width - len(row)) for row in form.ids])
@@ -312,7 +312,7 @@ def _padded(texts: Sequence[tuple[list[int], list[int]]], longest: int, pad_id: 
     return _Form([prompt + own for prompt, own in texts], [start - 1 for start in starts], starts)
 
 
-def _packed(texts: Sequence[tuple[list[int], list[int]]]) -> _Form:
+def _packed(texts: Sequence[tuple[list[int], list[int]]], pad_id: int) -> _Form:
     """Prompts of several responses, then whole responses with a prompt of their own, then those of shared prompts."""
     sharing: dict[tuple[int, ...], list[int]] = {}
     for i, (prompt, _) in enumerate(texts):
@@ -337,4 +337,14 @@ def _packed(texts: Sequence[tuple[list[int], list[int]]]) -> _Form:
             form.prompt_end[i] = end
             if texts[i][1]:
                 form.own_start[i] = add(texts[i][1], number)
+    if filler := -len(row) % _even(len(row)):
+        add([pad_id] * filler)
     return form
+
+
+def _even(tokens: int) -> int:
+    """What a packed row's length is made a multiple of: at most a thirty-second of it, so that few lengths come up.
+
+    oneDNN keeps code and scratch for every shape of a product: with ever new lengths a run's memory grows for hours.
+    """
+    return 1 << max(0, tokens.bit_length() - 6)

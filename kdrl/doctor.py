@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kdrl.build import Builder, Check
+from kdrl.build import Builder, Check, resolve_device
 from kdrl.checks import needs_rewards
 from kdrl.doctor_samples import measure
 from kdrl.doctor_verdicts import judge
@@ -124,6 +124,11 @@ def examine(
         doctor.find("loading", "wrong", str(error))
         return doctor.findings
     doctor.observe("memory", lambda: _memory(doctor, resolved))
+    if doctor.wrong and resolve_device(resolved.device) == "cpu":
+        doctor.find(
+            "loading", "note", "nothing is loaded until what is wrong above is mended: the kernel would kill it"
+        )
+        return doctor.findings
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         try:
             builder = Builder(_smaller(resolved, effort), Path(folder), stack, doctor.observe, Rehearsal)

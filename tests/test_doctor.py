@@ -286,3 +286,10 @@ def test_the_command_line(world: Path, tmp_path: Path, monkeypatch, capfd):
     assert call("doctor", "--help") == 0
     assert "--problems" in capfd.readouterr().out
     assert json.loads(to_json([Finding("a", "wrong", "b")]))["wrong"] is True
+
+
+def test_what_does_not_fit_is_not_loaded(world: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("kdrl.memory.available_bytes", lambda device: 10**8)
+    monkeypatch.setattr("kdrl.doctor.Builder", None)
+    found = look(good(world))
+    assert [(f.what, f.verdict) for f in found][-2:] == [("memory", "wrong"), ("loading", "note")]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from transformers import Qwen3Config
 
+from kdrl.batch import _even
 from kdrl.memory import plan
 from kdrl.model_shape import ModelShape
 
@@ -54,3 +56,15 @@ def test_a_plan_without_room_for_gaps_gives_arrays_back_and_one_without_room_at_
     assert short.advice
     # On a GPU there is no such heap.
     assert plan(shape, **RUN | {"device": "meta"}, available=10).tight is False
+
+
+def test_a_run_of_many_lengths_keeps_few_shapes() -> None:
+    """oneDNN's cache of shapes is bounded before torch can read how large it may be."""
+    script = "import os, kdrl; print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'], os.environ['LRU_CACHE_CAPACITY'])"
+    env = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.split() == ["128", "128"]
+    assert {_even(n) for n in (1, 31, 63)} == {1}
+    for tokens in (64, 100, 4000, 16384, 100_000):
+        assert -tokens % _even(tokens) <= tokens // 32
+    assert len({n + -n % _even(n) for n in range(8192, 16384)}) <= 33

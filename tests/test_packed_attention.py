@@ -104,7 +104,8 @@ def test_padding_and_masks_of_rows_make_no_difference(way: str, monkeypatch: pyt
         counts.add(len(made_of))
         assert max(distance(passed(loaded, rollouts, rollouts.trained_N, True), want)) < 1e-10
     assert len(counts) > 2
-    assert min(counts) == (1 if way == "joined" else 2)
+    # Filler, which no prompt precedes, goes with the others in one call, but not under their mask.
+    assert min(counts) == (1 if way == "joined" else 3)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
@@ -137,7 +138,7 @@ def test_long_responses_packed_hold_no_more_than_padded(shape: list[tuple[int, t
     sizes: dict[str, Any] = {"hidden_size": 64, "layers": 2, "heads": 8, "head_dim": 8, "intermediate_size": 96}
     new = NewModel(architecture="qwen3", kv_heads=kv_heads, max_positions=2048, **sizes)
     padded, packed = peaks(new, shape, 1 << 14)
-    assert packed <= padded
+    assert packed <= padded * (1 + 1 / 32)  # the filler that makes lengths even
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -12,6 +12,7 @@ from kdrl.bench.flops import matmul_flops, peak_flops
 from kdrl.bench.machine import machine
 from kdrl.bench.steps import Steps, run_steps
 from kdrl.bench.turns import summary
+from kdrl.errors import UserError
 from kdrl.heap import settle
 from kdrl.memory import MemoryPlan
 from kdrl.planning import memory_plan
@@ -26,6 +27,8 @@ def measure_recipe(recipe: Recipe, steps: int) -> dict[str, Any]:
     check_named_models(recipe)
     plan = memory_plan(recipe)
     if plan.device == "cpu":
+        if not plan.fits:
+            raise UserError(f"the run {plan.verdict}. `kdrl train RECIPE --dry-run` shows the whole plan.")
         settle(tight=plan.tight)  # as a run does
     found = run_steps(recipe, steps)
     return {

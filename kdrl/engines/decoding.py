@@ -180,7 +180,7 @@ class Rows:
             self._position_B1 = self._written - 1 - self._start_B1
         if len(index) < len(prompts) and self._shares:
             self._shared = SharedPrompts(self._cache, parent_B)
-            self._cache = self._new_cache()
+            self._cache = self._new_cache(self._written)
         else:
             select_rows(self._cache, parent_B)
         self._mask = None if start_P1 is None else self._made_mask()
@@ -202,7 +202,7 @@ class Rows:
                 positions = positions - start_P1[n : n + each]
             mask = (positions >= 0).long() if padded else None
             caches.append(self._new_cache())
-            hidden.append(self._forward(ids, mask, positions.clamp(min=0), caches[-1])[:, -1])
+            hidden.append(self._forward(ids, mask, positions.clamp(min=0), caches[-1])[:, -1].clone())
         return joined(caches), torch.cat(hidden), start_P1 if padded else None
 
     @property
@@ -211,8 +211,9 @@ class Rows:
         plan = self.plan
         return 0 < plan.shared <= self._written and plan.fused and not (plan.static or plan.refill)
 
-    def _new_cache(self) -> DynamicCache:
-        return new_cache(self._config, self._longest + 64 * self.plan.refill, self.plan.roomy_cache)
+    def _new_cache(self, before: int = 0) -> DynamicCache:
+        """An empty one, for what comes after `before` tokens that are elsewhere."""
+        return new_cache(self._config, self._longest - before + 64 * self.plan.refill, self.plan.roomy_cache)
 
     def _make_room(self) -> None:
         """Before buffers grow, forget the columns that no row needs any more; only refilled rows leave such."""

@@ -82,6 +82,7 @@ class Writer:
             slot_B = torch.tensor(waiting[:size], device=rows.device)
             waiting = waiting[size:]
             self._run(rows, slot_B, waiting if refill else [], prompts)
+            del rows  # before the next ones are made: two caches need not live at once
         return self._written(slice(None))
 
     def _written(self, which: slice | list[int]) -> Written:
@@ -126,7 +127,7 @@ class Writer:
                     continue
                 if not queue and rows.plan.compact and wasted > _COMPACTION_STEPS * alive:
                     wasted = 0
-                    keep_B = alive_B.nonzero()[:, 0]
+                    keep_B = _even(alive_B)
                     rows.keep(keep_B)
                     slot_B, time_B, alive_B, token_B = (x[keep_B] for x in (slot_B, time_B, alive_B, token_B))
             rows.step(token_B)
@@ -180,3 +181,10 @@ class Writer:
         slot_B[free_F] = torch.tensor(taken, device=slot_B.device)
         time_B[free_F], alive_B[free_F] = 0, True
         return slot_B, time_B, alive_B
+
+
+def _even(alive_B: Tensor) -> Tensor:
+    """Rows that go on, and so many finished ones that their number is a multiple of 8: oneDNN keeps code by shape."""
+    order_B = alive_B.to(torch.uint8).argsort(descending=True, stable=True)
+    count = int(alive_B.sum())
+    return order_B[: count + -count % 8].sort().values

@@ -85,3 +85,14 @@ def test_mistakes_are_refused_in_a_sentence(bench: Bench, recipe: Path, argument
     status, _, err = bench(*arguments)
     assert status == 2
     assert sentence in err
+
+
+def test_a_recipe_that_does_not_fit_is_refused_before_anything_is_loaded(
+    world: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("kdrl.memory.available_bytes", lambda device: 10**8)
+    monkeypatch.setattr("kdrl.bench.steps.Builder", None)
+    (world / "large.json").write_text(json.dumps(raw_recipe(world)))
+    status, _, said = bench(world / "large.json")
+    assert status == 2
+    assert "does not fit" in said

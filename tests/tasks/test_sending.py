@@ -74,7 +74,7 @@ def test_shaping_is_of_the_response_that_is_scored(config: TaskConfig) -> None:
     assert verdict.reward == 0.75
 
 
-def test_what_is_dropped_is_cancelled_and_never_verified(config: TaskConfig, tmp_path: Path) -> None:
+def test_what_is_dropped_is_cancelled_and_leaves_no_verdict(config: TaskConfig, tmp_path: Path) -> None:
     problem = Problem("id", "?", "good")
     with VerifierPool(config, workers=1, timeout_s=60) as pool:
         for response in ("wait", "dropped", "good", "good", "dropped"):
