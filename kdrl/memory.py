@@ -150,7 +150,11 @@ def plan(
         device=torch.device(device),
         more=more,
     )
-    room = available_bytes(request.device) if available is None else available
+    return _made(request, available_bytes(request.device) if available is None else available)
+
+
+def _made(request: Request, room: int) -> MemoryPlan:
+    """The plan within `room` bytes: a tight one where only that fits, with advice where nothing does."""
     made = MemoryPlan(items_of(request), room, str(request.device))
     if not made.fits and request.device.type == "cpu":
         request = replace(request, tight=True)

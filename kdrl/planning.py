@@ -174,8 +174,6 @@ def _shapes(teachers: list[tuple[str, TeacherModelConfig]]) -> dict[str, ModelSh
 def memory_plan(recipe: Recipe) -> MemoryPlan:
     """Plan a recipe's memory; raises UserError when a model's configuration cannot be read."""
     student_config = config_of(recipe.student)
-    here = recipe.teacher is not None and recipe.teacher.served is None and not recipe.teacher.reads_cache
-    teacher: TeacherModelConfig | None = recipe.teacher if here else None
     lora = recipe.student.lora
     objective = build_objective(recipe)
     teachers = _teachers(recipe, objective)
