@@ -128,7 +128,7 @@ def _balance(doctor: Doctor, recipe: Recipe, found: Measured) -> None:
     ratio = kd.norm / rl.norm
     looked, text = [(ratio, 10.0)], f"distillation to reward {ratio:.2g} in gradient norm"
     gap = next((gap for gap in found.gaps.values() if gap.covered is None), None)
-    if gap is not None and not gap.alike:
+    if gap is not None and not gap.alike and gap.ratio:
         beta = kd.weight / rl.weight
         size = beta * found.tokens * abs(gap.ratio)
         # Of a few responses the norms say less: many groups of equal rewards make that of the rewards small.

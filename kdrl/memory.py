@@ -121,8 +121,7 @@ def plan(
     token budget of one forward and backward, of an optimizer step's `step_tokens`; `max_length` is prompt and response
     together, `prompt_tokens` of them of a prompt that `group` responses share in an update; `rollout_rows` responses
     are written at once (0: none), `samples` to a prompt; the teacher's hidden states are kept of `teacher_states`
-    tokens; `available` bytes are asked of the device when None; `more`: other parts. Raises UserError when the device
-    is not there.
+    tokens; `available` bytes are asked of the device when None (UserError where there is none); `more`: other parts.
     """
     if lora and trainable_parameters is None:
         raise ValueError("plan(lora=True) needs trainable_parameters: the parameters of the adapters")
